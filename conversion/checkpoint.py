@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints on disk and on the Hub: find, check by header, read, write.
+
+* Headers first: a truncated shard, an index that names an absent one or a tensor of the wrong shape is found before any
+  weight is read.
+* `ShardWriter` writes shards as they fill and names them when their number is known.
+* `output_folder` makes an output appear under its final name only when it is complete.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+# What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a safetensors header says of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+
+    @property
+    def parameters(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers have been read and found consistent."""
+
+    name: str
+    """As the user gave it."""
+    config: Any
+    """The Transformers configuration."""
+    tensors: dict[str, TensorHeader]
+    folder: Path | None = field(default=None)
+    """Where it lies on disk; None for a Hub checkpoint of which only headers were read."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored parameters."""
+        return sum(tensor.parameters for tensor in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """The type that most parameters are stored in: "F64", "F32", "F16" or "BF16"."""
+        counts: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
+        return max(counts, key=lambda dtype: counts[dtype])
+
+    def read(self) -> Iterator[tuple[str, "Tensor"]]:
+        """Yield all tensors, file by file."""
+        from safetensors import safe_open
+
+        assert self.folder is not None
+        for file in sorted({tensor.file for tensor in self.tensors.values()}):
+            with safe_open(self.folder / file, framework="pt") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    yield name, shard.get_tensor(name)
+
+
+def open_checkpoint(source: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:
+    """Open a folder or a Hub id and check that it is a whole checkpoint.
+
+    Args:
+        source: a folder, or a Hub id; an id is downloaded (or taken from the local cache when offline).
+        revision: branch, tag or commit of a Hub id.
+        headers_only: of a Hub id, fetch configuration and safetensors headers only.
+
+    Returns:
+        The checkpoint. Whether its family can be converted is not checked here.
+
+    Raises:
+        UserError: there is no such folder or id, it is not a checkpoint, or a file of it is missing or damaged.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
+    if folder.exists():
+        raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
+    if not HUB_ID.fullmatch(source):
+        raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
+    if headers_only:
+        headers = hub_headers(source, revision)
+        if headers is not None:
+            return headers
+    folder = hub_folder(source, revision)
+    return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
+
+
+def hub_folder(source: str, revision: str | None) -> Path:
+    """Download a Hub checkpoint, or find it in the local cache when the Hub cannot be reached."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
+    except LocalEntryNotFoundError:
+        raise UserError(
+            f"{source} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached; "
+            "check the path, or go online"
+        ) from None
+    except (HfHubHTTPError, ValueError) as error:
+        raise UserError(f"{source} is not a folder here, and the Hub says: {str(error).strip().splitlines()[0]}") from None
+
+
+def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
+    """Read configuration and headers of a Hub checkpoint without its weights; None when the Hub cannot be reached."""
+    import httpx
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError, OfflineModeIsEnabled
+
+    try:
+        metadata = get_safetensors_metadata(source, revision=revision)
+        config = Path(hf_hub_download(source, "config.json", revision=revision))
+    except NotASafetensorsRepoError:
+        raise UserError(f"{source} has no safetensors weights; convert them to safetensors first") from None
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, httpx.TransportError):
+        return None
+    except HfHubHTTPError as error:
+        raise UserError(f"{source} is not a folder here, and the Hub says: {str(error).strip().splitlines()[0]}") from None
+    tensors = {
+        name: TensorHeader(tuple(info.shape), info.dtype, file)
+        for file, header in metadata.files_metadata.items()
+        for name, info in header.tensors.items()
+    }
+    return Checkpoint(source, read_config(config.parent, source), tensors)
+
+
+def read_config(folder: Path, source: str) -> Any:
+    """Load config.json through Transformers, which settles defaults and older spellings.
+
+    Model types that need remote code come back as a plain configuration with their `model_type`, to be refused by name.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{source} is not a checkpoint: it has no config.json")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        model_type = raw["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}/config.json cannot be read as a model configuration ({error})") from None
+
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    import hf_mla  # noqa: F401 - registers the converted types, so that they are known by name
+
+    if model_type not in CONFIG_MAPPING:
+        config = PreTrainedConfig()
+        config.model_type = model_type
+        return config
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # the library raises many types for a bad value; all of them are the file's fault
+        raise UserError(f"{source}/config.json is not valid: {' '.join(str(error).split())}") from None
+
+
+def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
+    """Read the headers of all shards of a folder.
+
+    Raises:
+        UserError: no safetensors, an index that does not match the shards, or a shard that is truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index_path, named = folder / INDEX, None
+    if (folder / WEIGHTS).is_file():
+        files = [WEIGHTS]
+    elif index_path.is_file():
+        try:
+            named = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise UserError(f"{source}/{INDEX} cannot be read ({error}); download it again") from None
+        files = sorted(set(named.values()))
+    else:
+        raise UserError(f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}")
+    tensors = {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(f"{source}/{INDEX} names {file}, which is not there; download it again")
+        try:
+            with safe_open(folder / file, framework="np") as shard:
+                for name in shard.keys():  # noqa: SIM118 - not a dict
+                    view = shard.get_slice(name)
+                    tensors[name] = TensorHeader(tuple(view.get_shape()), view.get_dtype(), file)
+        except SafetensorError as error:
+            raise UserError(f"{source}/{file} is damaged or truncated ({error}); download it again") from None
+    for name in named or ():
+        if name not in tensors:
+            raise UserError(f"{source}/{INDEX} names tensor {name}, which no shard holds; download it again")
+    return tensors
+
+
+class ShardWriter:
+    """Writes tensors to numbered safetensors shards, holding one shard in memory at most."""
+
+    def __init__(self, folder: Path, shard_bytes: int = 4 << 30) -> None:
+        self.folder = folder
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: "Tensor") -> None:
+        """Queue a tensor; a full shard is written first."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+
+    def _flush(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        self._shards.append(list(self._pending))
+        try:
+            save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk arrives as this, not as an OSError
+            raise OSError(str(error)) from error
+        self._total_bytes += self._pending_bytes
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> None:
+        """Write what is left, give the shards their final names, and write the index if there are several."""
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.folder / "shard-1").rename(self.folder / WEIGHTS)
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            file = f"model-{number:05}-of-{count:05}.safetensors"
+            (self.folder / f"shard-{number}").rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def check_output(out: str, bytes_needed: int, *, overwrite: bool) -> Path:
+    """Check that an output folder can be made, before work starts.
+
+    Raises:
+        UserError: the folder exists and `overwrite` is false, it is not a folder, it cannot be written, or the disk is full.
+    """
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{out} is a file; give a folder to write to")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"output folder {out} exists and is not empty; choose another, or pass --overwrite")
+        if not (path / "config.json").is_file():
+            raise UserError(f"{out} exists and is not a checkpoint; --overwrite replaces checkpoints only: choose another folder")
+    parent = path.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise UserError(f"cannot write to {parent}: {error.strerror}") from None
+    if free < bytes_needed:
+        raise UserError(
+            f"{parent} has {free / 1e9:.2f} GB free, the output takes {bytes_needed / 1e9:.2f} GB; make room or write elsewhere"
+        )
+    return path
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[Path]:
+    """A folder to write to that takes the name `path` when the block ends, and is removed if it fails or is interrupted.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    partial = path.absolute().parent / f".{path.absolute().name}.incomplete"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        if path.exists():
+            shutil.rmtree(path)
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The program `hf-mla`: parse, call the function of the same name, print.
+
+Results go to stdout (`--json`: one JSON object), progress and logs to stderr. Exit codes: 0 done, 1 a verdict below its
+threshold, 2 an error of the user's, 130 interrupted. torch and Transformers are imported inside commands only.
+"""
+
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit code.
+
+    Args:
+        arguments: the words after `hf-mla`; None takes them from the command line.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = vars(parser().parse_args(arguments))
+    run, verbose, as_json = options.pop("run"), options.pop("verbose"), options.pop("json", False)
+    quiet_libraries(verbose)
+    try:
+        return run(options, as_json)
+    except UserError as error:
+        if verbose:
+            raise
+        print(f"hf-mla: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"hf-mla: interrupted, nothing was left behind; to start again: {shlex.join(['hf-mla', *arguments])}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `hf-mla info ... | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser; every option is a keyword of the function that its command calls."""
+    top = argparse.ArgumentParser(prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(run=run)
+        sub.add_argument("-v", "--verbose", action="store_true", help="library logs, and tracebacks of errors")
+        if json_output:
+            sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    demo = command("demo", run_demo, "convert, verify and use the bundled model")
+    demo.add_argument("--out", metavar="DIR", help="keep the converted checkpoint there")
+
+    plan = command("plan", run_plan, "say what a conversion would give and take; reads headers only")
+    plan.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    add_size(plan)
+    add_dtype(plan)
+    add_revision(plan)
+
+    convert = command("convert", run_convert, "convert a checkpoint")
+    convert.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    convert.add_argument("out", metavar="OUT", help="folder to write")
+    add_size(convert)
+    convert.add_argument("--calibration", metavar="FILE|DATASET", help="text (.txt, .txt.xz) or data set; default: bundled English")
+    convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (65536)")
+    convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps; only 0, the closed form, so far (0)")
+    add_device(convert)
+    add_dtype(convert)
+    convert.add_argument("--seed", type=int, metavar="N", help="chooses the calibration windows (0)")
+    add_revision(convert)
+    convert.add_argument("--config", metavar="FILE.yaml", help="options from a file, spelled as above without dashes; flags win")
+    convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
+    convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
+
+    verify = command("verify", run_verify, "measure a converted model against its source")
+    verify.add_argument("out", metavar="OUT", help="converted checkpoint")
+    verify.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
+    verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .txt.xz) or data set")
+    verify.add_argument("--tokens", type=int, metavar="N", help="tokens of it to use (98304)")
+    verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
+    add_device(verify)
+    add_revision(verify)
+
+    info = command("info", run_info, "describe a checkpoint, converted or not")
+    info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    add_revision(info)
+
+    command("env", run_env, "print versions and devices, for a bug report")
+    return top
+
+
+def add_size(sub: argparse.ArgumentParser) -> None:
+    """Options that say how small the cache becomes."""
+    sub.add_argument("--kv-budget", type=float, metavar="F", help="share of the original cache to keep (0.3125)")
+    sub.add_argument("--kv-lora-rank", type=int, metavar="N", help="or: numbers in the latent,")
+    sub.add_argument("--qk-rope-head-dim", type=int, metavar="N", help="and in the shared rotary key")
+
+
+def add_device(sub: argparse.ArgumentParser) -> None:
+    """Where to compute."""
+    sub.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (auto)")
+
+
+def add_dtype(sub: argparse.ArgumentParser) -> None:
+    """What to store."""
+    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="numbers of the output (auto: the source's)")
+
+
+def add_revision(sub: argparse.ArgumentParser) -> None:
+    """Which version of a Hub checkpoint."""
+    sub.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+
+
+def quiet_libraries(verbose: bool) -> None:
+    """Warnings of ours on stderr; the chatter of the libraries only when asked for."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="hf-mla: %(message)s", stream=sys.stderr)
+    if not verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given; the functions have the defaults."""
+    from transformers.utils import logging as transformers_logging
+
+    if os.environ.get("TRANSFORMERS_VERBOSITY") == "error":
+        transformers_logging.disable_progress_bar()
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def show(result: Any, as_json: bool, table: Callable[[], str]) -> None:
+    """Print a result as JSON or as a table."""
+    data = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    print(json.dumps(data, indent=2) if as_json else table())
+
+
+def rows(pairs: dict[str, Any]) -> str:
+    """Align names and values in two columns."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs.items())
+
+
+def run_plan(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla plan`."""
+    from .planner import plan
+
+    result = plan(**given(options))
+    if not result.supported:
+        if as_json:
+            show(result, as_json, str)
+        raise UserError(f"{options['source']}: {result.reason}")
+    show(result, as_json, lambda: plan_table(result))
+    return 0
+
+
+def plan_table(result: Any) -> str:
+    """A plan for people."""
+    return rows(
+        {
+            "model": f"{result.model_type}, {result.num_hidden_layers} layers",
+            "cache per token and layer": f"{result.kv_floats_per_token_per_layer.source:,} -> "
+            f"{result.kv_floats_per_token_per_layer.converted:,} numbers "
+            f"(latent {result.kv_lora_rank} + rotary key {result.qk_rope_head_dim})",
+            "cache per token": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
+            f"({1 - result.kv_ratio:.2%} less)",
+            "memory to convert": size(result.peak_memory_bytes),
+            "read": size(result.bytes_read),
+            "written": size(result.bytes_written),
+        }
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def run_convert(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla convert`."""
+    from .converter import convert
+
+    options = given(options)
+    if "config" in options:
+        options = read_options(options.pop("config")) | options
+    result = convert(**options)
+    errors = [layer.error_closed_form for layer in result.layers]
+    summary = {
+        "calibration": f"{result.calibration_tokens:,} tokens, {result.weighting} weighting",
+        "attention error": f"{min(errors):.4f} to {max(errors):.4f} of the output's energy, by layer",
+        "time": f"{result.seconds:.0f} s",
+        "output": result.output,
+    }
+    show(result, as_json, lambda: plan_table(result) + "\n" + rows(summary))
+    return 0
+
+
+def read_options(path: str) -> dict[str, Any]:
+    """Read the options of `convert` from a YAML file.
+
+    Raises:
+        UserError: no such file, not a mapping, or an unknown option.
+    """
+    import inspect
+
+    import yaml
+
+    from .converter import convert
+
+    known = [name for name, option in inspect.signature(convert).parameters.items() if option.kind is option.KEYWORD_ONLY]
+    try:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path} holds no options; write lines like kv_budget: 0.25")
+    options = {str(key).replace("-", "_"): value for key, value in options.items()}
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise UserError(f"--config {path} has the unknown option {unknown[0]!r}; known: {', '.join(known)}")
+    return options
+
+
+def run_verify(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla verify`."""
+    from .verifier import verify
+
+    result = verify(**given(options))
+    show(result, as_json, lambda: verify_table(result))
+    return 0 if result.passed else 1
+
+
+def verify_table(result: Any) -> str:
+    """A verification for people."""
+    return rows(
+        {
+            "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} "
+            f"(x {result.perplexity_ratio:.4f}) on {result.tokens:,} tokens",
+            "KL divergence": f"{result.kl:.4f} nats per token",
+            "same likeliest token": f"{result.top1_agreement:.1%}",
+            "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes",
+            "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
+            "verdict": result.verdict,
+        }
+    )
+
+
+def run_info(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla info`."""
+    from .inspector import info
+
+    result = info(**given(options))
+    show(result, as_json, lambda: rows(result))
+    return 0
+
+
+def run_env(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla env`."""
+    from .inspector import env
+
+    result = env(**given(options))
+    show(result, as_json, lambda: rows(result))
+    return 0
+
+
+def run_demo(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla demo`."""
+    from .demonstration import demo
+
+    result = demo(**given(options))
+    show(result, as_json, lambda: demo_table(result))
+    if not as_json and options["out"] is None:
+        print("\nTo keep the converted checkpoint: hf-mla demo --out DIR", file=sys.stderr)
+    return 0
+
+
+def demo_table(result: Any) -> str:
+    """The demo for people: both texts, then one table."""
+    texts = [f"{name}: {result.prompt}{' '.join(side.text.split(' '))}" for name, side in sides(result)]
+    measured = result.verify
+    lines = [("", "original (GQA)", "converted (MLA)")]
+    lines.append(("KV cache, bytes per token", f"{measured.kv_bytes_per_token.source:,}", f"{measured.kv_bytes_per_token.converted:,}"))
+    lines.append(("perplexity, held-out text", f"{measured.perplexity.source:.2f}", f"{measured.perplexity.converted:.2f}"))
+    lines.append(("tokens generated", f"{result.source.new_tokens}", f"{result.converted.new_tokens}"))
+    lines.append(("KV cache after them, bytes", f"{result.source.cache_bytes:,}", f"{result.converted.cache_bytes:,}"))
+    table = "\n".join(f"{name:<27}{source:>16}{converted:>17}" for name, source, converted in lines)
+    return "\n\n".join([*texts, table, f"verdict: {measured.verdict}, for {1 - result.convert.kv_ratio:.2%} less cache"])
+
+
+def sides(result: Any) -> list[tuple[str, Any]]:
+    """The two generations of a demo with their names."""
+    return [("original", result.source), ("converted", result.converted)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

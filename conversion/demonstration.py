@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on the bundled model: convert, verify, generate from both, and say what each step gave."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_mla import cache_bytes
+
+from .checkpoint import open_checkpoint
+from .converter import ConvertReport, convert, load_tokenizer
+from .text import BUNDLED
+from .verifier import VerifyReport, load_model, verify
+
+
+PROMPT = "The captain looked at the sea and"
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one model wrote, and what its cache held at the end."""
+
+    text: str
+    new_tokens: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The result of `demo`; the field names are the JSON keys."""
+
+    convert: ConvertReport
+    verify: VerifyReport
+    prompt: str
+    source: Generation
+    converted: Generation
+
+
+def demo(*, out: str | None = None) -> DemoReport:
+    """Convert the bundled model to 31 % of its cache, verify it on held-out text, and generate from both models.
+
+    Args:
+        out: where to keep the converted checkpoint; None removes it at the end.
+
+    Returns:
+        The reports of the steps and the two generations.
+
+    Raises:
+        UserError: `out` cannot be written.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out if out is not None else str(Path(scratch) / "demo-mla")
+        source = str(BUNDLED / "model")
+        converted = convert(source, folder, device="cpu")
+        verified = verify(folder, against=source, text=str(BUNDLED / "validation.txt.xz"), tokens=32768, device="cpu")
+        return DemoReport(converted, verified, PROMPT, generate(source), generate(folder))
+
+
+def generate(folder: str) -> Generation:
+    """Continue the prompt greedily with a checkpoint, and measure the cache that `generate` used."""
+    checkpoint = open_checkpoint(folder)
+    tokenizer = load_tokenizer(checkpoint.folder, folder)
+    model: Any = load_model(checkpoint, torch.device("cpu"))
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+    new = outputs.sequences[0, inputs["input_ids"].shape[1] :]
+    return Generation(tokenizer.decode(new), len(new), cache_bytes(outputs.past_key_values))

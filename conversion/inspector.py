@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint is (`info`) and what it would run on (`env`)."""
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import ITEMSIZE, open_checkpoint
+from .errors import UserError
+from .families import refusal
+
+
+PACKAGES = ("hf-mla", "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface-hub", "tokenizers", "triton")
+DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+GQA_DIMENSIONS = ("num_key_value_heads", "head_dim")
+MLA_DIMENSIONS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+
+
+def info(source: str, *, revision: str | None = None) -> dict[str, Any]:
+    """Describe a checkpoint, converted or not, from its configuration and safetensors headers.
+
+    Args:
+        source: a checkpoint folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+
+    Returns:
+        Model type, dimensions, parameters, bytes, and what the KV cache takes; for a converted one, also the version of
+        hf_mla that wrote it; for others, whether and why not it can be converted.
+
+    Raises:
+        UserError: it is not a whole checkpoint.
+    """
+    checkpoint = open_checkpoint(source, revision, headers_only=True)
+    config = checkpoint.config
+    if not hasattr(config, "num_hidden_layers"):
+        raise UserError(f"{source}: {refusal(config)}")
+    converted = config.model_type.endswith("_mla")
+    result: dict[str, Any] = {"model_type": config.model_type, "converted": converted}
+    for name in DIMENSIONS + (MLA_DIMENSIONS if converted else GQA_DIMENSIONS):
+        result[name] = getattr(config, name, None)
+    result["parameters"] = checkpoint.parameters
+    result["dtype"] = checkpoint.dtype
+    result["bytes"] = checkpoint.bytes
+    if converted:
+        floats = config.kv_floats_per_token_per_layer
+        result["hf_mla_version"] = config.hf_mla_version
+    else:
+        reason = refusal(config)
+        result["supported"], result["reason"] = reason is None, reason
+        floats = 2 * config.num_key_value_heads * config.head_dim if reason is None else None
+    result["kv_floats_per_token_per_layer"] = floats
+    if floats is not None:
+        result["kv_bytes_per_token"] = config.num_hidden_layers * floats * ITEMSIZE[checkpoint.dtype]
+    return result
+
+
+def env() -> dict[str, Any]:
+    """Versions and devices, for a bug report.
+
+    Returns:
+        Package versions (None for what is not installed), Python, platform, and the devices torch sees.
+    """
+    import torch
+
+    result: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in PACKAGES:
+        try:
+            result[package] = version(package)
+        except PackageNotFoundError:
+            result[package] = None
+    result["cuda"] = torch.version.cuda
+    result["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    result["location"] = str(Path(__file__).parent)
+    return result

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to token windows: plain files, .xz files, and data sets."""
+
+import logging
+import lzma
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = Path(__file__).parent / "bundled"
+CHARACTERS_PER_TOKEN = 16  # no tokenizer of natural text packs more on average; bounds how much text is read
+SPREAD = 4  # calibration windows are drawn from this many times the text that they take up
+
+
+def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
+    """Read text enough for `spread` times `tokens` tokens, if there is so much.
+
+    Args:
+        source: a .txt or .txt.xz file; else the name of a data set with a "text" column, for the `datasets` library; None
+            for the bundled calibration text (English prose).
+        tokens: how many tokens are wanted.
+        spread: read so many times more, for windows to be drawn from.
+
+    Returns:
+        The text from its start.
+
+    Raises:
+        UserError: there is no such file or data set, it is not UTF-8 text, or it is empty.
+    """
+    path = BUNDLED / "calibration.txt.xz" if source is None else Path(source).expanduser()
+    limit = tokens * CHARACTERS_PER_TOKEN * spread
+    if path.is_file():
+        try:
+            opener = lzma.open if path.suffix == ".xz" else open
+            with opener(path, "rt", encoding="utf-8") as file:
+                text = file.read(limit)
+        except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{source} is not UTF-8 text or a whole .xz of it ({error})") from None
+        except OSError as error:
+            raise UserError(f"{source} cannot be read: {error.strerror}") from None
+    elif path.suffix in (".txt", ".xz") or (source or "").startswith((".", "/", "~")):
+        raise UserError(f"there is no text file {source}")
+    else:
+        text = read_dataset(str(source), limit)
+    if not text.strip():
+        raise UserError(f"{source} holds no text; give a file with some")
+    return text
+
+
+def read_dataset(name: str, limit: int) -> str:
+    """Read up to `limit` characters of the "text" column of a data set's training split."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"there is no text file {name}; to read it as a data set, install the datasets library: pip install datasets"
+        ) from None
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        parts, size = [], 0
+        for row in rows:
+            if "text" not in row:
+                raise UserError(f'data set {name} has the columns {", ".join(row)}; one named "text" is needed')
+            parts.append(row["text"])
+            size += len(row["text"]) + 2
+            if size >= limit:
+                break
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name} is neither a text file nor a data set that can be read: {str(error).splitlines()[0]}") from None
+    return "\n\n".join(parts)[:limit]
+
+
+def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int | None = None) -> "Tensor":
+    """Windows of tokens of a text.
+
+    Args:
+        text: what to tokenize.
+        tokenizer: a Transformers tokenizer; no special tokens are added.
+        tokens: at most so many.
+        window: tokens per window.
+        seed: None for consecutive windows from the start; else windows drawn from the whole text, none twice.
+
+    Returns:
+        [windows, window]; a text shorter than one window gives one shorter window.
+
+    Raises:
+        UserError: fewer than two tokens.
+    """
+    import torch
+
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    wanted = min(tokens, len(ids))
+    if wanted < 2:
+        raise UserError(f"{wanted} tokens of text to work on; at least 2 are needed, some thousands make sense")
+    if wanted < tokens:
+        logger.warning("the text has %s tokens, fewer than the %s asked for", f"{len(ids):,}", f"{tokens:,}")
+    window = min(window, wanted)
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    if seed is not None:
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    return windows[: wanted // window]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a converted model against its source: perplexity, divergence, agreement, cache bytes, and the two attention paths."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_mla import cache_bytes
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .converter import choose_device, load_tokenizer
+from .errors import UserError
+from .planner import PerSide
+from .text import read_text, token_windows
+
+
+VERIFICATION_WINDOW = 1024
+DECODED_TOKENS = 16
+HEALING_RATIO = 1.05
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of `verify`; the field names are the JSON keys."""
+
+    perplexity: PerSide
+    perplexity_ratio: float
+    kl: float
+    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
+    top1_agreement: float
+    """Share of positions at which both models find the same token likeliest."""
+    tokens: int
+    kv_bytes_per_token: PerSide
+    """Measured from the caches after a forward pass."""
+    absorbed_vs_expanded_max_error: float
+    """Largest difference between logits of the prompt pass and of token-by-token decoding."""
+    verdict: str
+    passed: bool
+
+
+def verify(
+    out: str,
+    *,
+    against: str,
+    text: str,
+    tokens: int = 98304,
+    max_ratio: float | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+) -> VerifyReport:
+    """Compare a converted model with its source on held-out text.
+
+    Both run in float32 on the CPU and in their stored types on a GPU.
+
+    Args:
+        out: the converted checkpoint.
+        against: its source, a folder or a Hub id.
+        text: a .txt or .txt.xz file that neither training nor calibration saw, or a data set.
+        tokens: how many tokens of it to use, from its start.
+        max_ratio: the highest perplexity ratio that passes; None passes any.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        revision: branch, tag or commit of the source, if it is a Hub id.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UserError: a checkpoint or the text cannot be used.
+    """
+    if max_ratio is not None and max_ratio <= 0:
+        raise UserError(f"--max-ratio is {max_ratio}; it must be positive (1.05 allows 5 % more perplexity)")
+    if tokens < 2:
+        raise UserError(f"--tokens is {tokens}; at least 2 are needed, 98304 are usual")
+    converted_checkpoint, source_checkpoint = open_checkpoint(out), open_checkpoint(against, revision)
+    check_pair(converted_checkpoint, source_checkpoint)
+    tokenizer = load_tokenizer(source_checkpoint.folder, against)
+    windows = token_windows(read_text(text, tokens), tokenizer, tokens, VERIFICATION_WINDOW)
+    run_device = choose_device(device)
+    source, converted = (load_model(checkpoint, run_device) for checkpoint in (source_checkpoint, converted_checkpoint))
+    return compare(source, converted, windows, max_ratio)
+
+
+def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
+    """Raise a UserError unless the first is an MLA model that can have come from the second."""
+    for checkpoint in (converted, source):
+        if not hasattr(checkpoint.config, "num_hidden_layers"):
+            raise UserError(f"{checkpoint.name}: model type {checkpoint.config.model_type!r} is not supported")
+    if not converted.config.model_type.endswith("_mla"):
+        raise UserError(f"{converted.name} is a {converted.config.model_type!r}, not a converted model; convert it first")
+    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        here, there = getattr(converted.config, key), getattr(source.config, key)
+        if here != there:
+            raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+    """A causal language model in evaluation mode: float32 on the CPU, as stored on a GPU."""
+    from transformers import AutoModelForCausalLM
+
+    dtype: Any = "auto" if device.type == "cuda" else torch.float32
+    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+
+
+@torch.no_grad()
+def compare(source: nn.Module, converted: nn.Module, windows: Tensor, max_ratio: float | None) -> VerifyReport:
+    """Measure two models on token windows [windows, tokens]; see `verify`."""
+    sums = torch.zeros(4, dtype=torch.float64)  # loss of the source, loss of the converted, KL, agreements
+    for ids in tqdm(windows, desc="verifying", unit="window"):
+        ids = ids.unsqueeze(0).to(source.device)
+        logits = [model(input_ids=ids, use_cache=False).logits[0, :-1].float() for model in (source, converted)]
+        first, second = (x.log_softmax(-1) for x in logits)  # [T - 1, vocabulary]
+        losses = [nn.functional.nll_loss(x, ids[0, 1:], reduction="sum") for x in (first, second)]
+        kl = (first.exp() * (first - second)).sum()
+        agreements = (first.argmax(-1) == second.argmax(-1)).sum()
+        sums += torch.stack([*losses, kl, agreements]).double().cpu()
+    predictions = windows.shape[0] * (windows.shape[1] - 1)
+    loss_source, loss_converted, kl_mean, agreement = (sums / predictions).tolist()
+    if not math.isfinite(loss_source):
+        raise UserError("the source model's loss is not a finite number; the checkpoint is broken")
+    ratio = math.exp(min(loss_converted - loss_source, 700.0)) if math.isfinite(loss_converted) else math.inf
+    prompt = windows[:1].to(source.device)
+    return VerifyReport(
+        perplexity=PerSide(math.exp(loss_source), math.exp(min(loss_converted, 700.0))),
+        perplexity_ratio=ratio,
+        kl=kl_mean,
+        top1_agreement=agreement,
+        tokens=windows.numel(),
+        kv_bytes_per_token=PerSide(measured_bytes(source, prompt), measured_bytes(converted, prompt)),
+        absorbed_vs_expanded_max_error=decoding_error(converted, prompt),
+        verdict=verdict(ratio, max_ratio),
+        passed=max_ratio is None or ratio <= max_ratio,
+    )
+
+
+def verdict(ratio: float, max_ratio: float | None) -> str:
+    """What the perplexity ratio means, in words."""
+    if max_ratio is not None and ratio > max_ratio:
+        return f"failed: the perplexity ratio {ratio:.4f} is above {max_ratio}"
+    if ratio > HEALING_RATIO:
+        return f"needs fine-tuning: perplexity rose by {ratio - 1:.1%}"
+    return f"good: perplexity changed by {ratio - 1:+.1%}"
+
+
+def measured_bytes(model: nn.Module, prompt: Tensor) -> int:
+    """Bytes per token of the cache that a forward pass over a prompt [1, T] leaves behind."""
+    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    return cache_bytes(cache) // prompt.shape[1]
+
+
+def decoding_error(model: nn.Module, prompt: Tensor) -> float:
+    """Largest logit difference between one expanded pass over a prompt [1, T] and decoding its end token by token."""
+    decoded = min(DECODED_TOKENS, prompt.shape[1] - 1)
+    expected = model(input_ids=prompt, use_cache=False, logits_to_keep=decoded).logits
+    cache = model(input_ids=prompt[:, :-decoded], use_cache=True, logits_to_keep=1).past_key_values
+    steps = [model(input_ids=ids, past_key_values=cache).logits for ids in prompt[:, -decoded:].split(1, dim=1)]
+    return (torch.cat(steps, dim=1) - expected).abs().max().item()

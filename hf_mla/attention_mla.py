@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Absorbed attention: multi-query attention over the cached latents, without forming keys or values.
+
+With W_UK and W_UV the two halves of `kv_b_proj`, c(t) the latent and k_rope(t) the rotary key of token t, head h scores
+
+    score_h(s, t) = scale * (q_nope_h(s) . W_UK_h c(t) + q_rope_h(s) . k_rope(t)),   out_h(s) = W_UV_h sum_t p_h(s, t) c(t)
+
+(DeepSeek-V2, arXiv:2405.04434, section 2.1.2 and appendix C). *Expanded* attention applies W_UK and W_UV to every cached token;
+*absorbed* attention moves W_UK to the query and W_UV to the output, so its cost per cached token does not depend on the
+head widths. Which one is cheaper is decided by shapes alone (`absorbing_is_cheaper`); they agree to rounding.
+
+Notation, here and in `modeling_mla.py`:
+
+    B batch    T new tokens    S tokens attended to (cached and new)    H heads
+    R kv_lora_rank    P qk_rope_head_dim    N qk_nope_head_dim    V v_head_dim
+
+This file travels with every checkpoint: it imports only torch, transformers and files beside it.
+"""
+
+import torch
+from torch import nn
+
+
+def absorbing_is_cheaper(
+    new_tokens: int, all_tokens: int, rank: int, rope_dim: int, nope_dim: int, value_dim: int, weight_cost: int = 0
+) -> bool:
+    """Whether absorbed attention takes fewer multiplications than expanded, per head and sequence, in no more memory.
+
+    Args:
+        new_tokens: T. all_tokens: S. rank: R. rope_dim: P. nope_dim: N. value_dim: V.
+        weight_cost: multiplications it takes to obtain W_UK and W_UV for one head, divided by the batch size.
+    """
+    expanded = all_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (nope_dim + rope_dim + value_dim)
+    absorbed = new_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (2 * rank + rope_dim) + weight_cost
+    # Scores are T * S numbers a head, held about four times over (scores, softmax in float32); K and V are S * (N + P + V).
+    fits = 4 * new_tokens <= nope_dim + rope_dim + value_dim
+    return new_tokens < all_tokens and fits and absorbed < expanded
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether reading `module.weight` gives what calling `module` does.
+
+    Not so for adapters (LoRA, DoRA, IA3, ...), quantized and tensor-parallel weights, hooks, and offloaded weights.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight.data) is torch.Tensor
+        and not module.weight.is_meta
+        and not (module._forward_hooks or module._forward_pre_hooks)
+    )
+
+
+def effective_weight(module: nn.Module, rank: int, like: torch.Tensor) -> torch.Tensor:
+    """The weight [out, R] that a bias-free linear module applies, whatever is wrapped around it.
+
+    Pushes the identity through the module, so an adapter or a quantized weight takes part; costs as much as expanding R
+    tokens. `like` gives dtype and device.
+    """
+    if is_plain_linear(module):
+        return module.weight
+    return module(torch.eye(rank, dtype=like.dtype, device=like.device)).T
+
+
+def absorbed_attention(
+    query_nope: torch.Tensor,
+    query_rope: torch.Tensor,
+    latent: torch.Tensor,
+    kv_b_weight: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of T new tokens over S packed latents; no key or value of a cached token is ever formed.
+
+    Args:
+        query_nope: [B, H, T, N], position-free queries.
+        query_rope: [B, H, T, P], rotary queries, after RoPE.
+        latent: [B, 1, S, R + P], as cached: c_kv and the rotary key after RoPE.
+        kv_b_weight: [H * (N + V), R], the effective weight of `kv_b_proj`.
+        attention_mask: None to attend to all S tokens; bool (true attends) or additive, broadcastable to [B, 1, T, S].
+        scaling: factor on the scores.
+
+    Returns:
+        The output [B, T, H, V] and the attention weights [B, H, T, S].
+    """
+    batch, heads, tokens, nope_dim = query_nope.shape
+    rank, rope_dim = kv_b_weight.shape[1], query_rope.shape[-1]
+    weight_uk, weight_uv = kv_b_weight.view(heads, -1, rank).tensor_split([nope_dim], dim=1)  # [H, N, R], [H, V, R]
+
+    # One matrix product per head over all tokens of the batch: a broadcast product would copy W_UK for every sequence.
+    query = query_nope.transpose(0, 1).reshape(heads, batch * tokens, nope_dim) @ weight_uk  # [H, B * T, R]
+    query = query.view(heads, batch, tokens, rank).transpose(0, 1)  # [B, H, T, R]
+    query = torch.cat([query, query_rope], dim=-1).view(batch, heads * tokens, rank + rope_dim) * scaling
+
+    latent = latent.squeeze(1)  # [B, S, R + P]
+    scores = (query @ latent.transpose(1, 2)).view(batch, heads, tokens, -1)  # [B, H, T, S]
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+    context = weights.view(batch, heads * tokens, -1) @ latent[..., :rank]  # [B, H * T, R]
+    context = context.view(batch, heads, tokens, rank).transpose(0, 1).reshape(heads, batch * tokens, rank)
+    output = context @ weight_uv.transpose(1, 2)  # [H, B * T, V]
+    return output.view(heads, batch, tokens, -1).permute(1, 2, 0, 3), weights

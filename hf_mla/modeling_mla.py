@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformers models with Multi-head Latent Attention.
+
+* `MLAAttention` is DeepSeek's module: the same sub-module names and shapes, a real norm on the latent, one `expand_kv`.
+  It caches the packed latent and picks expanded or absorbed attention by cost, so nobody has to choose.
+* A family (`LlamaMLA*`) is the library's own model of that family with its attention replaced; the MLP, norms, rotary
+  embedding, masks, loss, parallel plans and generation are inherited.
+
+This file travels with every checkpoint: it imports only torch, transformers and files beside it.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+from .attention_mla import absorbed_attention, absorbing_is_cheaper, effective_weight, is_plain_linear
+from .cache_mla import use_latent_layers
+from .configuration_mla import LlamaMLAConfig
+
+
+class MLARMSNorm(nn.Module):
+    """RMSNorm that multiplies by its weight before it rounds to the input's type.
+
+    Rounding last keeps float64 exact, and lets float16 pass through the identity norm of a closed-form conversion (epsilon
+    2**40, weight 2**20), whose intermediate values lie below float16's range.
+    """
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension of [..., hidden_size]."""
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return (self.weight * hidden_states).to(input_dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and epsilon, for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class MLAAttention(nn.Module):
+    """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1); notation as in `attention_mla.py`."""
+
+    def __init__(self, config: LlamaMLAConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.attention_dropout = config.attention_dropout
+        self.kv_lora_rank = config.kv_lora_rank
+        self.qk_nope_head_dim = config.qk_nope_head_dim
+        self.qk_rope_head_dim = config.qk_rope_head_dim
+        self.qk_head_dim = config.qk_head_dim
+        self.v_head_dim = config.v_head_dim
+        self.num_key_value_groups = 1  # expanded keys and values have one head per query head
+        self.scaling = self.qk_head_dim**-0.5
+        self.is_causal = True
+
+        heads, hidden_size = config.num_attention_heads, config.hidden_size
+        self.q_proj = nn.Linear(hidden_size, heads * self.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = MLARMSNorm(self.kv_lora_rank, eps=config.kv_a_layernorm_eps)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=False)
+
+    def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Form the keys and values of every head.
+
+        Args:
+            kv_nope: [B, 1, S, R], latents.
+            k_rot: [B, 1, S, P], rotary keys after RoPE.
+
+        Returns:
+            Keys [B, H, S, N + P] and values [B, H, S, V].
+        """
+        batch, _, tokens, _ = kv_nope.shape
+        expanded = self.kv_b_proj(kv_nope).view(batch, tokens, -1, self.qk_nope_head_dim + self.v_head_dim)
+        k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        return torch.cat([k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
+
+    def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any) -> bool:
+        """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
+        if torch.is_grad_enabled() or (self.training and self.attention_dropout > 0):
+            return False
+        if self.kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
+            return False
+        plain = is_plain_linear(self.kv_b_proj)
+        if self.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
+            return False
+        if isinstance(attention_mask, torch.Tensor):
+            readable = attention_mask.ndim == 4 or new_tokens == 1
+        else:
+            readable = attention_mask is None and new_tokens == 1
+        pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
+        dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
+        return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend from the T new tokens to all S.
+
+        Args:
+            hidden_states: [B, T, hidden_size], after the input norm.
+            position_embeddings: cosines and sines of the rotary embedding, each [B, T, P].
+            attention_mask: as the configured attention implementation wants it.
+            past_key_values: the cache; the packed latents of the new tokens are appended to it.
+            **kwargs: passed on to the attention function.
+
+        Returns:
+            [B, T, hidden_size], and the attention weights [B, H, T, S] where the path taken computes them.
+        """
+        batch, tokens = hidden_states.shape[:2]
+        query = self.q_proj(hidden_states).view(batch, tokens, -1, self.qk_head_dim).transpose(1, 2)  # [B, H, T, N + P]
+        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+
+        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
+        kv_nope, k_rot = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_nope = self.kv_a_layernorm(kv_nope)
+        cos, sin = position_embeddings
+        q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
+
+        if past_key_values is not None:
+            latent = torch.cat([kv_nope, k_rot], dim=-1)
+            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P]
+            kv_nope, k_rot = latent.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+            if self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
+                if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
+                    attention_mask = attention_mask[:, None, None, :].bool()
+                weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
+                output, weights = absorbed_attention(q_nope, q_rot, latent, weight, attention_mask, self.scaling)
+                return self.o_proj(output.reshape(batch, tokens, -1)), weights
+
+        query = torch.cat([q_nope, q_rot], dim=-1)
+        key, value = self.expand_kv(kv_nope, k_rot)
+        # FlashAttention wants equal widths: pad the values, and cut the padding off the output.
+        padding = self.qk_head_dim - self.v_head_dim if is_flash_attention_requested(self.config) else 0
+        if padding > 0:
+            value = nn.functional.pad(value, [0, padding])
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )  # [B, T, H, V]
+        output = output[..., : self.v_head_dim].reshape(batch, tokens, -1)
+        return self.o_proj(output), weights
+
+
+def replace_attention(model: nn.Module, config: LlamaMLAConfig) -> None:
+    """Give every layer of a library model MLA in place of the attention it was built with."""
+    for layer_idx, layer in enumerate(model.layers):
+        layer.self_attn = MLAAttention(config, layer_idx)
+
+
+class LatentCacheGenerationMixin:
+    """Makes `generate` use the compressed cache; caches that the user passes are left alone."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if given is None and cache is not None:
+            use_latent_layers(cache, max_cache_length)
+
+
+class LlamaMLAPreTrainedModel(LlamaPreTrainedModel):
+    """What all Llama models with MLA share."""
+
+    config: LlamaMLAConfig
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAAttention}
+    _keep_in_fp32_modules = ["kv_a_layernorm"]  # 2**20 is beyond float16; bfloat16 holds it
+
+
+class LlamaMLAModel(LlamaMLAPreTrainedModel, LlamaModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: LlamaMLAConfig) -> None:
+        super().__init__(config)
+        replace_attention(self, config)
+        self.post_init()
+
+
+class LlamaMLAForCausalLM(LatentCacheGenerationMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
+    """The decoder with a language-model head."""
+
+    def __init__(self, config: LlamaMLAConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # LlamaForCausalLM's own would build a Llama first
+        self.model = LlamaMLAModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
