@@ -42,7 +42,7 @@ def second_moment(rows: Tensor) -> Tensor:
     return (flat.T @ flat).double().cpu()
 
 
-def measure_moments(model: nn.Module, windows: Tensor, batch: int, *, backward: bool) -> list[LayerMoments]:
+def measure_moments(model: Any, windows: Tensor, batch: int, *, backward: bool) -> list[LayerMoments]:
     """Accumulate the moments of all layers over calibration text.
 
     Args:
@@ -113,7 +113,7 @@ def key_sensitivity(queries: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     return torch.block_diag(*(second_moment(head) for head in grouped))
 
 
-def balance_local(moment: LayerMoments, attention: nn.Module) -> None:
+def balance_local(moment: LayerMoments, attention: Any) -> None:
     """Complete the layer-local stand-in for the gradient: values by `o_proj`, and keys and values on equal energy."""
     heads = attention.o_proj.weight.double().cpu().unflatten(1, (-1, attention.head_dim))  # [D, H, d]
     grouped = heads.unflatten(1, (-1, attention.num_key_value_groups))  # [D, g, n, d]

@@ -16,8 +16,8 @@ CARD = """---
 
 # {name} with Multi-head Latent Attention
 
-Converted from `{source}` by [hf_mla](https://pypi.org/project/hf-mla/) {version}: the KV cache holds {converted} numbers per token and
-layer, a latent of {rank} and a rotary key of {rope}, in place of {original} ({saved:.2%} less).
+Converted from `{source}` by hf_mla {version}: the KV cache holds {converted} numbers per token and layer,
+a latent of {rank} and a rotary key of {rope}, in place of {original} ({saved:.2%} less).
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -32,9 +32,9 @@ With `hf_mla` installed and imported, `trust_remote_code` is not needed.
 
 ## How it was made
 
-In closed form, without training: {tokens:,} tokens of calibration text ({calibration}), {weighting}, seed {seed}. Everything but the
-attention is copied unchanged. The relative squared error of a layer's attention output on that text is {least:.4f} to {most:.4f};
-`conversion.json` has it for each layer.
+In closed form, without training: {tokens:,} tokens of calibration text ({calibration}), {weighting}, seed {seed}.
+Everything but the attention is copied unchanged. The relative squared error of a layer's attention output on that text is
+{least:.4f} to {most:.4f}; `conversion.json` has it for each layer.
 
 ## Limits
 

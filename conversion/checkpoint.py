@@ -175,9 +175,7 @@ def read_config(folder: Path, source: str) -> Any:
     import hf_mla  # noqa: F401 - registers the converted types, so that they are known by name
 
     if model_type not in CONFIG_MAPPING:
-        config = PreTrainedConfig()
-        config.model_type = model_type
-        return config
+        return type("UnknownConfig", (PreTrainedConfig,), {"model_type": model_type})()
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # the library raises many types for a bad value; all of them are the file's fault
@@ -186,6 +184,13 @@ def read_config(folder: Path, source: str) -> Any:
 
 def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
     """Read the headers of all shards of a folder.
+
+    Args:
+        folder: where the shards are.
+        source: what the user called it, for messages.
+
+    Returns:
+        The headers by tensor name.
 
     Raises:
         UserError: no safetensors, an index that does not match the shards, or a shard that is truncated.
@@ -258,7 +263,7 @@ class ShardWriter:
         if count == 1:
             (self.folder / "shard-1").rename(self.folder / WEIGHTS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             file = f"model-{number:05}-of-{count:05}.safetensors"
             (self.folder / f"shard-{number}").rename(self.folder / file)
@@ -269,6 +274,14 @@ class ShardWriter:
 
 def check_output(out: str, bytes_needed: int, *, overwrite: bool) -> Path:
     """Check that an output folder can be made, before work starts.
+
+    Args:
+        out: as the user gave it.
+        bytes_needed: room that the output takes on disk.
+        overwrite: whether a checkpoint that lies there may be replaced.
+
+    Returns:
+        The path; its parent exists.
 
     Raises:
         UserError: the folder exists and `overwrite` is false, it is not a folder, it cannot be written, or the disk is full.
@@ -297,6 +310,12 @@ def check_output(out: str, bytes_needed: int, *, overwrite: bool) -> Path:
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
     """A folder to write to that takes the name `path` when the block ends, and is removed if it fails or is interrupted.
+
+    Args:
+        path: the final name.
+
+    Yields:
+        The folder to write to.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.

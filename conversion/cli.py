@@ -20,11 +20,7 @@ from .errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the program; returns its exit code.
-
-    Args:
-        arguments: the words after `hf-mla`; None takes them from the command line.
-    """
+    """Run the program on the words after `hf-mla` (None: the command line's) and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser().parse_args(arguments))
     run, verbose, as_json = options.pop("run"), options.pop("verbose"), options.pop("json", False)
@@ -37,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-mla: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"hf-mla: interrupted, nothing was left behind; to start again: {shlex.join(['hf-mla', *arguments])}", file=sys.stderr)
+        print(
+            f"hf-mla: interrupted, nothing was left behind; to start again: {shlex.join(['hf-mla', *arguments])}",
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:  # `hf-mla info ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
@@ -46,7 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The argument parser; every option is a keyword of the function that its command calls."""
-    top = argparse.ArgumentParser(prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention.")
+    top = argparse.ArgumentParser(
+        prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention."
+    )
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
@@ -112,7 +113,9 @@ def add_device(sub: argparse.ArgumentParser) -> None:
 
 def add_dtype(sub: argparse.ArgumentParser) -> None:
     """What to store."""
-    sub.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="numbers of the output (auto: the source's)")
+    sub.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="numbers of the output (auto: the source's)"
+    )
 
 
 def add_revision(sub: argparse.ArgumentParser) -> None:
@@ -208,11 +211,7 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
 
 
 def read_options(path: str) -> dict[str, Any]:
-    """Read the options of `convert` from a YAML file.
-
-    Raises:
-        UserError: no such file, not a mapping, or an unknown option.
-    """
+    """The options of `convert` in a YAML file; a UserError if it holds anything else."""
     import inspect
 
     import yaml
@@ -293,7 +292,9 @@ def demo_table(result: Any) -> str:
     texts = [f"{name}: {result.prompt}{' '.join(side.text.split(' '))}" for name, side in sides(result)]
     measured = result.verify
     lines = [("", "original (GQA)", "converted (MLA)")]
-    lines.append(("KV cache, bytes per token", f"{measured.kv_bytes_per_token.source:,}", f"{measured.kv_bytes_per_token.converted:,}"))
+    lines.append(
+        ("KV cache, bytes per token", f"{measured.kv_bytes_per_token.source:,}", f"{measured.kv_bytes_per_token.converted:,}")
+    )
     lines.append(("perplexity, held-out text", f"{measured.perplexity.source:.2f}", f"{measured.perplexity.converted:.2f}"))
     lines.append(("tokens generated", f"{result.source.new_tokens}", f"{result.converted.new_tokens}"))
     lines.append(("KV cache after them, bytes", f"{result.source.cache_bytes:,}", f"{result.converted.cache_bytes:,}"))

@@ -38,8 +38,19 @@ logger = logging.getLogger(__name__)
 IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT = 2.0**40, 2.0**20
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
 REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "modeling_mla.py")
-CARRIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
-CARRIED += ("*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+CARRIED = [
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,8 @@ def convert(
     run_device = choose_device(device)
     compute = torch.float64 if checkpoint.dtype == "F64" else torch.float32
     backward = fits_backward(checkpoint, run_device, windows.shape[1])
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=compute).to(run_device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=compute)
+    model.to(run_device).eval()
     model.requires_grad_(False)
     batch = 8 if run_device.type == "cuda" else 1
     moments = measure_moments(model, windows, batch, backward=backward)
@@ -242,7 +254,7 @@ def mla_config(checkpoint: Checkpoint, rank: int, rope_dim: int, dtype: str) -> 
 
 
 @torch.no_grad()
-def convert_attention(attention: nn.Module, moment: LayerMoments, config: Any) -> tuple[MLAAttention, float]:
+def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tuple[MLAAttention, float]:
     """Convert one attention layer in closed form.
 
     Args:
@@ -266,8 +278,8 @@ def convert_attention(attention: nn.Module, moment: LayerMoments, config: Any) -
     queries *= attention.scaling * (head_dim + rope_dim) ** 0.5
     up = factors.up.view(2, kv_heads, 1, head_dim, rank).expand(-1, -1, heads // kv_heads, -1, -1)
     up = up.reshape(2, heads, head_dim, rank).transpose(0, 1)  # [H, 2, d, R]: each query head gets its group's key and value
-    mla = MLAAttention(config, attention.layer_idx)
-    mla.to(attention.q_proj.weight).requires_grad_(False)
+    mla = MLAAttention(config, attention.layer_idx).to(attention.q_proj.weight.device, attention.q_proj.weight.dtype)
+    mla.requires_grad_(False)
     mla.q_proj.weight.copy_(queries.flatten(0, 1))
     mla.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.down, rotary_key]))
     mla.kv_a_layernorm.weight.fill_(IDENTITY_NORM_WEIGHT)
@@ -278,7 +290,7 @@ def convert_attention(attention: nn.Module, moment: LayerMoments, config: Any) -
 
 
 @torch.no_grad()
-def fit_outputs(model: nn.Module, converted: list[MLAAttention], windows: Tensor, batch: int) -> list[float]:
+def fit_outputs(model: Any, converted: list[MLAAttention], windows: Tensor, batch: int) -> list[float]:
     """Fit each converted layer's `o_proj` to the original layer, on the original model's inputs.
 
     Args:
@@ -340,8 +352,8 @@ def write_checkpoint(
     writer.finish()
 
     for pattern in CARRIED:
-        for file in source.folder.glob(pattern):
-            shutil.copy(file, folder / file.name)
+        for carried in source.folder.glob(pattern):
+            shutil.copy(carried, folder / carried.name)
     package = Path(hf_mla.__file__).parent
     for file in REMOTE_FILES:
         shutil.copy(package / file, folder / file)

@@ -97,16 +97,18 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device) -> nn.Module:
+def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
     """A causal language model in evaluation mode: float32 on the CPU, as stored on a GPU."""
     from transformers import AutoModelForCausalLM
 
     dtype: Any = "auto" if device.type == "cuda" else torch.float32
-    return AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    assert checkpoint.folder is not None
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+    return model.to(device).eval()
 
 
 @torch.no_grad()
-def compare(source: nn.Module, converted: nn.Module, windows: Tensor, max_ratio: float | None) -> VerifyReport:
+def compare(source: Any, converted: Any, windows: Tensor, max_ratio: float | None) -> VerifyReport:
     """Measure two models on token windows [windows, tokens]; see `verify`."""
     sums = torch.zeros(4, dtype=torch.float64)  # loss of the source, loss of the converted, KL, agreements
     for ids in tqdm(windows, desc="verifying", unit="window"):
@@ -145,13 +147,13 @@ def verdict(ratio: float, max_ratio: float | None) -> str:
     return f"good: perplexity changed by {ratio - 1:+.1%}"
 
 
-def measured_bytes(model: nn.Module, prompt: Tensor) -> int:
+def measured_bytes(model: Any, prompt: Tensor) -> int:
     """Bytes per token of the cache that a forward pass over a prompt [1, T] leaves behind."""
     cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
     return cache_bytes(cache) // prompt.shape[1]
 
 
-def decoding_error(model: nn.Module, prompt: Tensor) -> float:
+def decoding_error(model: Any, prompt: Tensor) -> float:
     """Largest logit difference between one expanded pass over a prompt [1, T] and decoding its end token by token."""
     decoded = min(DECODED_TOKENS, prompt.shape[1] - 1)
     expected = model(input_ids=prompt, use_cache=False, logits_to_keep=decoded).logits

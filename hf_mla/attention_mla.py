@@ -17,6 +17,8 @@ Notation, here and in `modeling_mla.py`:
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,8 +29,16 @@ def absorbing_is_cheaper(
     """Whether absorbed attention takes fewer multiplications than expanded, per head and sequence, in no more memory.
 
     Args:
-        new_tokens: T. all_tokens: S. rank: R. rope_dim: P. nope_dim: N. value_dim: V.
+        new_tokens: T.
+        all_tokens: S.
+        rank: R.
+        rope_dim: P.
+        nope_dim: N.
+        value_dim: V.
         weight_cost: multiplications it takes to obtain W_UK and W_UV for one head, divided by the batch size.
+
+    Returns:
+        True to absorb.
     """
     expanded = all_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (nope_dim + rope_dim + value_dim)
     absorbed = new_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (2 * rank + rope_dim) + weight_cost
@@ -50,7 +60,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def effective_weight(module: nn.Module, rank: int, like: torch.Tensor) -> torch.Tensor:
+def effective_weight(module: Any, rank: int, like: torch.Tensor) -> torch.Tensor:
     """The weight [out, R] that a bias-free linear module applies, whatever is wrapped around it.
 
     Pushes the identity through the module, so an adapter or a quantized weight takes part; costs as much as expanding R

@@ -25,6 +25,7 @@ class LatentDynamicLayer(DynamicLayer):
     Args:
         max_length: the number of tokens the buffer need never exceed, or None if that is not known. Longer sequences are
             still cached; the buffer then grows on.
+        **kwargs: what other layers take; ignored.
     """
 
     def __init__(self, max_length: int | None = None, **kwargs: Any) -> None:
@@ -40,6 +41,8 @@ class LatentDynamicLayer(DynamicLayer):
         Args:
             key_states: [B, 1, T, R + P], new latents with their rotary keys.
             value_states: [B, 1, T, 0].
+            *args: what other layers take; ignored.
+            **kwargs: likewise.
 
         Returns:
             All latents [B, 1, S, R + P], and the empty values [B, 1, S, 0].
@@ -51,33 +54,35 @@ class LatentDynamicLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         total = length + key_states.shape[-2]
-        if not self._is_view_of_buffer() or total > self._buffer.shape[-2]:
-            self._grow(key_states, length, total)
-        self._buffer[:, :, length:total] = key_states
-        self.keys = self._buffer[:, :, :total]
+        buffer = self._buffer
+        if buffer is None or not self._is_view_of(buffer) or total > buffer.shape[-2]:
+            buffer = self._grow(key_states, length, total)
+        buffer[:, :, length:total] = key_states
+        self.keys = buffer[:, :, :total]
         self.values = self.keys[..., :0]
         return self.keys, self.values
 
-    def _is_view_of_buffer(self) -> bool:
+    def _is_view_of(self, buffer: torch.Tensor) -> bool:
         """Whether `keys` still lies at the start of the buffer: whoever reorders or offloads a cache replaces it."""
         return (
-            self._buffer is not None
-            and self.keys.data_ptr() == self._buffer.data_ptr()
-            and self.keys.stride() == self._buffer.stride()
-            and self.keys.shape[0] == self._buffer.shape[0]
-            and (torch.is_inference_mode_enabled() or not self._buffer.is_inference())
+            self.keys is not None
+            and self.keys.data_ptr() == buffer.data_ptr()
+            and self.keys.stride() == buffer.stride()
+            and self.keys.shape[0] == buffer.shape[0]
+            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
         )
 
-    def _grow(self, new: torch.Tensor, length: int, total: int) -> None:
+    def _grow(self, new: torch.Tensor, length: int, total: int) -> torch.Tensor:
         """Move the first `length` tokens to a buffer with room for `total` or more."""
         if self.max_length is not None:
             capacity = max(total, min(total + total // 4, self.max_length))
         else:
             capacity = total if length == 0 else total + total // 4  # a prompt that is only scored needs no spare room
         buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
-        if length:
+        if length and self.keys is not None:
             buffer[:, :, :length] = self.keys
         self._buffer = buffer
+        return buffer
 
     def reset(self) -> None:
         """Forget all tokens and release the buffer."""

@@ -86,6 +86,9 @@ class LlamaMLAConfig(LlamaConfig):
 def check_mla_dimensions(config: LlamaMLAConfig) -> None:
     """Refuse dimensions that no MLA model can have.
 
+    Args:
+        config: the configuration to check.
+
     Raises:
         ValueError: a dimension is not a positive integer, the rotary width is odd, queries are compressed, or the
             attention has biases.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -96,7 +97,7 @@ class MLAAttention(nn.Module):
 
     def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any) -> bool:
         """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
-        if torch.is_grad_enabled() or (self.training and self.attention_dropout > 0):
+        if torch.is_grad_enabled() or (self.training and self.attention_dropout):
             return False
         if self.kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
             return False
@@ -173,22 +174,20 @@ class MLAAttention(nn.Module):
         return self.o_proj(output), weights
 
 
-def replace_attention(model: nn.Module, config: LlamaMLAConfig) -> None:
+def replace_attention(model: Any, config: LlamaMLAConfig) -> None:
     """Give every layer of a library model MLA in place of the attention it was built with."""
     for layer_idx, layer in enumerate(model.layers):
         layer.self_attn = MLAAttention(config, layer_idx)
 
 
-class LatentCacheGenerationMixin:
+class LatentCacheGenerationMixin(GenerationMixin):
     """Makes `generate` use the compressed cache; caches that the user passes are left alone."""
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
-    ) -> None:
+        self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+    ) -> Any:
         given = model_kwargs.get("past_key_values")
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
         cache = model_kwargs.get("past_key_values")
         if given is None and cache is not None:
             use_latent_layers(cache, max_cache_length)

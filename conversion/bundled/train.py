@@ -77,7 +77,7 @@ def learning_rate(step: int, steps: int, peak: float = 4e-3, warmup: int = 200) 
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """exp of the mean next-token loss over consecutive windows of CONTEXT tokens."""
+    """Exp of the mean next-token loss over consecutive windows of CONTEXT tokens."""
     rows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.autocast(tokens.device.type, torch.bfloat16):
         losses = [model(input_ids=row, labels=row).loss.float() for row in rows.split(16)[:8]]
