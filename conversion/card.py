@@ -23,7 +23,7 @@ a latent of {rank} and a rotary key of {rope}, in place of {original} ({saved:.2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{load}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{load}")
+tokenizer = AutoTokenizer.from_pretrained("{load}", trust_remote_code=True)
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```

@@ -53,16 +53,12 @@ def test_absorbed_equals_expanded(kind, padding, sizes, implementation, monkeypa
 
     taken = []
     decide = type(model.model.layers[0].self_attn).should_absorb
-    monkeypatch.setattr(
-        type(model.model.layers[0].self_attn), "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1]
-    )
+    monkeypatch.setattr(type(model.model.layers[0].self_attn), "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
     cache = caches(model.config, 40)[kind]
     parts, seen = [], 0
     for size in sizes:
         step = slice(seen, seen + size)
-        outputs = model(
-            ids[:, step], attention_mask=mask[:, : seen + size], position_ids=positions[:, step], past_key_values=cache
-        )
+        outputs = model(ids[:, step], attention_mask=mask[:, : seen + size], position_ids=positions[:, step], past_key_values=cache)
         parts.append(outputs.logits)
         seen += size
     assert any(taken), "the absorbed path was never taken"

@@ -1,0 +1,107 @@
+"""A converted checkpoint is self-contained: it loads, generates, saves and loads again where hf_mla cannot be imported."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import hf_mla
+from hf_mla_conversion.converter import REMOTE_FILES
+
+
+# Runs in a process of its own, where importing hf_mla fails; prints logits and text for the caller to compare.
+WITHOUT_HF_MLA = """
+import sys
+sys.modules["hf_mla"] = None  # importing it raises ImportError
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, again = sys.argv[1:]
+options = {"trust_remote_code": True}
+assert AutoConfig.from_pretrained(folder, **options).model_type == "llama_mla"
+tokenizer = AutoTokenizer.from_pretrained(folder, **options)  # 5.23 reads the model configuration for it
+ids = tokenizer("The captain looked at the sea and", return_tensors="pt")["input_ids"]
+for path in (folder, again):
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
+    base = AutoModel.from_pretrained(path, dtype=torch.float32, **options)
+    assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
+    assert type(model).__name__ == "LlamaMLAForCausalLM" and type(base).__name__ == "LlamaMLAModel"
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
+    outputs = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+    assert {type(layer).__name__ for layer in outputs.past_key_values.layers} == {"LatentDynamicLayer"}
+    print(repr((model(ids).logits[0, -1, :5].tolist(), outputs.sequences.tolist(), text[0]["generated_text"])))
+    if path == folder:
+        model.save_pretrained(again)
+        tokenizer.save_pretrained(again)
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(converted, tmp_path_factory):
+    """What a process without hf_mla prints of the checkpoint and of its own copy of it, and that copy."""
+    scratch = tmp_path_factory.mktemp("elsewhere")
+    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", WITHOUT_HF_MLA, converted[0], str(scratch / "again")]
+    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), scratch / "again"
+
+
+def test_loads_without_hf_mla_installed(converted, elsewhere):
+    (first, second), _ = elsewhere
+    assert first == second
+    model = AutoModelForCausalLM.from_pretrained(converted[0], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(converted[0])
+    ids = tokenizer("The captain looked at the sea and", return_tensors="pt")["input_ids"]
+    logits = model(ids).logits[0, -1, :5].tolist()
+    tokens = model.generate(ids, max_new_tokens=20, do_sample=False).tolist()
+    text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
+    assert first == repr((logits, tokens, text[0]["generated_text"]))
+
+
+def test_loads_without_the_flag_where_installed(converted):
+    for auto, name in ((AutoModel, "LlamaMLAModel"), (AutoModelForCausalLM, "LlamaMLAForCausalLM")):
+        assert type(auto.from_pretrained(converted[0])) is getattr(hf_mla, name)
+    assert type(AutoConfig.from_pretrained(converted[0])) is hf_mla.LlamaMLAConfig
+
+
+def test_files_shipped_are_the_files_in_the_package(converted, elsewhere, tmp_path):
+    """By the converter, by save_pretrained here, and by save_pretrained in a process that has only the remote code."""
+    AutoModelForCausalLM.from_pretrained(converted[0]).save_pretrained(tmp_path)
+    package = Path(hf_mla.__file__).parent
+    for folder in (Path(converted[0]), tmp_path, elsewhere[1]):
+        assert sorted(path.name for path in folder.glob("*.py")) == sorted(REMOTE_FILES)
+        for file in REMOTE_FILES:
+            assert (folder / file).read_bytes() == (package / file).read_bytes(), (folder, file)
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+def test_saved_base_model_loads_again(converted, tmp_path):
+    base = AutoModel.from_pretrained(converted[0])
+    base.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_every_dtype_computes_the_same(converted, dtype):
+    """The identity norm of a closed-form model is safe in float16 too, whose range its weight exceeds."""
+    ids = torch.randint(3, 4096, (1, 64))
+    exact = AutoModelForCausalLM.from_pretrained(converted[0], dtype=torch.float32)(ids).logits.softmax(-1)
+    logits = AutoModelForCausalLM.from_pretrained(converted[0], dtype=dtype)(ids).logits.float()
+    assert torch.isfinite(logits).all()
+    assert (logits.softmax(-1) - exact).abs().max() < 0.05
+
+
+def test_label_smoothing_shifts_labels():
+    """The trainer and the text-generation pipeline look the class name up in this table."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["llama_mla"] == "LlamaMLAForCausalLM"

@@ -1,0 +1,114 @@
+"""The rules of the layout that a machine can check."""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
+
+import hf_mla
+import hf_mla_conversion
+from hf_mla_conversion.converter import REMOTE_FILES
+
+
+RUNTIME = Path(hf_mla.__file__).parent
+CONVERTER = Path(hf_mla_conversion.__file__).parent
+SOURCES = sorted([*RUNTIME.glob("*.py"), *CONVERTER.glob("*.py")])
+
+
+def imports(path, *, top_level_only=False):
+    """(module, relative level) of each import statement."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, node.level
+
+
+@pytest.mark.parametrize("file", REMOTE_FILES)
+def test_remote_files_import_only_what_travels(file):
+    path = RUNTIME / file
+    for module, level in imports(path):
+        if level:
+            assert level == 1 and f"{module}.py" in REMOTE_FILES, module
+        else:
+            assert module.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}, module
+    # Transformers finds relative imports by a regular expression over the text, docstrings included.
+    found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))
+    assert found == {module for module, level in imports(path) if level}
+
+
+def test_entry_file_reaches_all_remote_files():
+    needed = {Path(file).name for file in get_relative_import_files(RUNTIME / "modeling_mla.py")}
+    assert needed | {"modeling_mla.py"} == set(REMOTE_FILES)
+
+
+def test_runtime_never_imports_the_converter():
+    for path in RUNTIME.glob("*.py"):
+        assert not any("conversion" in (module or "") for module, _ in imports(path)), path
+
+
+@pytest.mark.parametrize("file", ["rotary.py", "factorize.py"])
+def test_mathematics_imports_torch_and_nothing_of_ours(file):
+    for module, level in imports(CONVERTER / file):
+        assert level == 0 and module.split(".")[0] in {"torch", "typing"}, module
+
+
+def test_help_is_fast_and_imports_no_library():
+    code = (
+        "import sys; from hf_mla_conversion.cli import main\n"
+        "try: main(['--help'])\n"
+        "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sys.modules.keys()"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    assert "convert" in done.stdout
+    assert seconds < 0.3, seconds
+
+
+def test_library_code_does_not_print():
+    for path in SOURCES:
+        if path.name == "cli.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Call) and getattr(node.func, "id", None) == "print"), path
+
+
+def test_everything_public_has_a_docstring():
+    """Modules, classes, functions and methods; not functions inside functions, nor names with an underscore."""
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for owner in (tree, *classes):
+            for node in owner.body:
+                if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_"):
+                    assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_every_file_carries_its_licence():
+    for path in SOURCES:
+        assert path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n"), path
+
+
+def test_attention_keeps_the_shape_that_engines_recognise():
+    """One `expand_kv` call and one attention-interface call in `MLAAttention.forward`."""
+    tree = ast.parse((RUNTIME / "modeling_mla.py").read_text())
+    attention = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MLAAttention")
+    forward = next(n for n in attention.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
+    calls = [node.func.attr for node in ast.walk(forward) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    assert calls.count("expand_kv") == 1
+    assert calls.count("get_interface") == 1
+
+
+def test_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert version("hf-mla") == hf_mla.__version__
