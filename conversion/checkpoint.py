@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .errors import UserError, brief
 
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
     Raises:
         UserError: there is no such folder or id, it is not a checkpoint, or a file of it is missing or damaged.
     """
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
     if folder.exists():
@@ -115,6 +115,16 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
             return headers
     folder = hub_folder(source, revision)
     return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
+
+
+def user_path(given: str) -> Path:
+    """A path as a user writes it: `~` is expanded; an empty one is refused."""
+    if not given:
+        raise UserError("an empty path was given; give a folder or file")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{given}: {brief(error)}") from None
 
 
 def hub_folder(source: str, revision: str | None) -> Path:
@@ -130,7 +140,7 @@ def hub_folder(source: str, revision: str | None) -> Path:
             "check the path, or go online"
         ) from None
     except (HfHubHTTPError, ValueError) as error:
-        raise UserError(f"{source} is not a folder here, and the Hub says: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{source} is not a folder here, and the Hub says: {brief(error)}") from None
 
 
 def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
@@ -146,7 +156,7 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         return None
     except HfHubHTTPError as error:
-        raise UserError(f"{source} is not a folder here, and the Hub says: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{source} is not a folder here, and the Hub says: {brief(error)}") from None
     except Exception:  # no connection: its type depends on the HTTP library, which depends on the version of the hub's
         return None
     tensors = {
@@ -154,6 +164,7 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
         for file, header in metadata.files_metadata.items()
         for name, info in header.tensors.items()
     }
+    check_types(tensors, source)
     return Checkpoint(source, read_config(config.parent, source), tensors)
 
 
@@ -167,9 +178,11 @@ def read_config(folder: Path, source: str) -> Any:
         raise UserError(f"{source} is not a checkpoint: it has no config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        model_type = raw["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise UserError(f"{source}/config.json cannot be read as a model configuration ({error})") from None
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(model_type, str):
+        raise UserError(f"{source}/config.json cannot be read as a model configuration: it names no model_type")
 
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -180,7 +193,7 @@ def read_config(folder: Path, source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # the library raises many types for a bad value; all of them are the file's fault
-        raise UserError(f"{source}/config.json is not valid: {' '.join(str(error).split())}") from None
+        raise UserError(f"{source}/config.json is not valid: {brief(error)}") from None
 
 
 def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
@@ -203,9 +216,12 @@ def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
         files = [WEIGHTS]
     elif index_path.is_file():
         try:
-            named = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
+            index = json.loads(index_path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise UserError(f"{source}/{INDEX} cannot be read ({error}); download it again") from None
+        named = index.get("weight_map") if isinstance(index, dict) else None
+        if not named or not isinstance(named, dict) or not all(file == Path(str(file)).name for file in named.values()):
+            raise UserError(f"{source}/{INDEX} does not map tensors to files beside it; download it again")
         files = sorted(set(named.values()))
     else:
         raise UserError(f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}")
@@ -220,10 +236,20 @@ def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
                     tensors[name] = TensorHeader(tuple(view.get_shape()), view.get_dtype(), file)
         except SafetensorError as error:
             raise UserError(f"{source}/{file} is damaged or truncated ({error}); download it again") from None
-    for name in named or ():
-        if name not in tensors:
-            raise UserError(f"{source}/{INDEX} names tensor {name}, which no shard holds; download it again")
+    for name, file in (named or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise UserError(f"{source}/{INDEX} says that {file} holds {name}, which it does not; download it again")
+    check_types(tensors, source)
     return tensors
+
+
+def check_types(tensors: dict[str, TensorHeader], source: str) -> None:
+    """Raise a UserError if there are no tensors, or tensors of a type that is no plain floating-point number."""
+    if not tensors:
+        raise UserError(f"{source} holds no tensors; download it again")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in ITEMSIZE:
+            raise UserError(f"{source}: {name} is stored as {tensor.dtype}; supported: {', '.join(ITEMSIZE)} (unquantized)")
 
 
 class ShardWriter:
@@ -273,37 +299,43 @@ class ShardWriter:
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def check_output(out: str, bytes_needed: int, *, overwrite: bool) -> Path:
+def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) -> Path:
     """Check that an output folder can be made, before work starts.
 
     Args:
         out: as the user gave it.
+        source: the folder of the source, which must not be touched.
         bytes_needed: room that the output takes on disk.
-        overwrite: whether a checkpoint that lies there may be replaced.
+        overwrite: whether a converted checkpoint that lies there may be replaced.
 
     Returns:
-        The path; its parent exists.
+        The absolute path, symbolic links resolved.
 
     Raises:
-        UserError: the folder exists and `overwrite` is false, it is not a folder, it cannot be written, or the disk is full.
+        UserError: the folder exists and `overwrite` is false or would remove something else, it overlaps the source, it
+            cannot be written, or the disk is full.
     """
-    path = Path(out).expanduser()
+    path, source = user_path(out).resolve(), source.resolve()
+    if path == source or path in source.parents or source in path.parents:
+        raise UserError(f"{out} is, holds or lies in the source folder; choose another output folder")
     if path.exists() and not path.is_dir():
         raise UserError(f"{out} is a file; give a folder to write to")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"output folder {out} exists and is not empty; choose another, or pass --overwrite")
-        if not (path / "config.json").is_file():
-            raise UserError(f"{out} exists and is not a checkpoint; --overwrite replaces checkpoints only: choose another folder")
-    parent = path.absolute().parent
+        if not (path / "conversion.json").is_file() or any(entry.is_dir() for entry in path.iterdir()):
+            raise UserError(f"{out} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
+    existing = next(parent for parent in path.parents if parent.exists())
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
+        probe = existing / f".{path.name}.incomplete"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+        free = shutil.disk_usage(existing).free
     except OSError as error:
-        raise UserError(f"cannot write to {parent}: {error.strerror}") from None
+        raise UserError(f"cannot write to {existing}: {error.strerror}") from None
     if free < bytes_needed:
         raise UserError(
-            f"{parent} has {free / 1e9:.2f} GB free, the output takes {bytes_needed / 1e9:.2f} GB; make room or write elsewhere"
+            f"{existing} has {free / 1e6:,.1f} MB free, the output takes {bytes_needed / 1e6:,.1f} MB; make room or write elsewhere"
         )
     return path
 
@@ -321,10 +353,10 @@ def output_folder(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    partial = path.absolute().parent / f".{path.absolute().name}.incomplete"
+    partial = path.parent / f".{path.name}.incomplete"
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         if path.exists():
             shutil.rmtree(path)

@@ -13,8 +13,9 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import UserError
 
@@ -23,6 +24,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program on the words after `hf-mla` (None: the command line's) and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = vars(parser().parse_args(arguments))
+    if options.get("config") is not None:
+        try:
+            from_file = read_options(options["config"])
+        except UserError as error:
+            print(f"hf-mla: {error}", file=sys.stderr)
+            return 2
+        # Through the parser as well, so that a file is checked like flags; what comes later wins.
+        options = vars(parser().parse_args(["convert", *from_file, *arguments[arguments.index("convert") + 1 :]]))
+    options.pop("config", None)
     run, verbose, as_json = options.pop("run"), options.pop("verbose"), options.pop("json", False)
     quiet_libraries(verbose)
     try:
@@ -43,11 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
+class Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with 2."""
+        print(f"hf-mla: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser; every option is a keyword of the function that its command calls."""
-    top = argparse.ArgumentParser(
-        prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention."
-    )
+    top = Parser(prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention.")
+    top.add_argument("--version", action="version", version=version("hf-mla"))
     commands = top.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
@@ -78,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     add_dtype(convert)
     convert.add_argument("--seed", type=int, metavar="N", help="chooses the calibration windows (0)")
     add_revision(convert)
-    convert.add_argument("--config", metavar="FILE.yaml", help="options from a file, spelled as above without dashes; flags win")
+    convert.add_argument("--config", metavar="FILE.yaml", help="options from a file, one `name: value` a line; flags win")
     convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
     convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
 
@@ -195,10 +213,7 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla convert`."""
     from .converter import convert
 
-    options = given(options)
-    if "config" in options:
-        options = read_options(options.pop("config")) | options
-    result = convert(**options)
+    result = convert(**given(options))
     errors = [layer.error_closed_form for layer in result.layers]
     summary = {
         "calibration": f"{result.calibration_tokens:,} tokens, {result.weighting} weighting",
@@ -210,15 +225,10 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
-def read_options(path: str) -> dict[str, Any]:
-    """The options of `convert` in a YAML file; a UserError if it holds anything else."""
-    import inspect
-
+def read_options(path: str) -> list[str]:
+    """The options of `convert` in a YAML file, as words of a command line; a UserError if it holds anything else."""
     import yaml
 
-    from .converter import convert
-
-    known = [name for name, option in inspect.signature(convert).parameters.items() if option.kind is option.KEYWORD_ONLY]
     try:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -227,11 +237,16 @@ def read_options(path: str) -> dict[str, Any]:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict):
         raise UserError(f"--config {path} holds no options; write lines like kv_budget: 0.25")
-    options = {str(key).replace("-", "_"): value for key, value in options.items()}
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise UserError(f"--config {path} has the unknown option {unknown[0]!r}; known: {', '.join(known)}")
-    return options
+    words = []
+    for key, value in options.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if isinstance(value, (list, dict)) or value is None:
+            raise UserError(f"--config {path}: {key} is {value!r}; give one value")
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        else:
+            words.append(f"{flag}={value}")
+    return words
 
 
 def run_verify(options: dict[str, Any], as_json: bool) -> int:
@@ -251,7 +266,8 @@ def verify_table(result: Any) -> str:
             f"(x {result.perplexity_ratio:.4f}) on {result.tokens:,} tokens",
             "KL divergence": f"{result.kl:.4f} nats per token",
             "same likeliest token": f"{result.top1_agreement:.1%}",
-            "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes",
+            "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
+            f"({result.dtype})",
             "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
             "verdict": result.verdict,
         }

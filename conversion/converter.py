@@ -24,7 +24,7 @@ from hf_mla.modeling_mla import MLAAttention
 from .calibrate import LayerMoments, OutputFit, hooks, measure_moments
 from .card import model_card
 from .checkpoint import Checkpoint, ShardWriter, check_output, open_checkpoint, output_folder
-from .errors import UserError
+from .errors import UserError, brief
 from .factorize import factorize
 from .families import FAMILIES, refusal
 from .planner import CALIBRATION_WINDOW, DTYPES, PlanReport, choose_size, make_plan, memory_estimate
@@ -128,21 +128,19 @@ def convert(
     rank, rope_dim = choose_size(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim)
     planned = make_plan(checkpoint, rank, rope_dim, dtype)
     assert planned.bytes_written is not None and checkpoint.folder is not None
-    path = check_output(out, planned.bytes_written, overwrite=overwrite)
-    if path.resolve() == checkpoint.folder.resolve():
-        raise UserError(f"{out} is the source itself; choose another output folder")
-
-    from transformers import AutoModelForCausalLM
-
-    windows = calibration_windows(checkpoint, calibration, calibration_tokens, seed)
+    path = check_output(out, checkpoint.folder, planned.bytes_written, overwrite=overwrite)
+    if push_to is not None:
+        check_repository(push_to)
     run_device = choose_device(device)
+    windows = calibration_windows(checkpoint, calibration, calibration_tokens, seed)
     compute = torch.float64 if checkpoint.dtype == "F64" else torch.float32
     backward = fits_backward(checkpoint, run_device, windows.shape[1])
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=compute)
-    model.to(run_device).eval()
+    model = load_model(checkpoint, run_device, compute)
     model.requires_grad_(False)
     batch = 8 if run_device.type == "cuda" else 1
     moments = measure_moments(model, windows, batch, backward=backward)
+    if not all(torch.isfinite(x).all() for moment in moments for x in (moment.inputs, moment.keys, moment.values)):
+        raise UserError(f"{source} computes numbers that are not finite; its weights are damaged")
 
     config = mla_config(checkpoint, rank, rope_dim, dtype)
     config._attn_implementation = model.config._attn_implementation
@@ -182,10 +180,50 @@ def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens:
     """Calibration token ids [windows, tokens], drawn from the text with the seed."""
     if tokens < 2:
         raise UserError(f"--calibration-tokens is {tokens}; at least 2 are needed, 65536 are usual")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
     text = read_text(calibration, tokens, spread=4)
     window = min(CALIBRATION_WINDOW, checkpoint.config.max_position_embeddings)
-    return token_windows(text, tokenizer, tokens, window, seed)
+    windows = token_windows(text, tokenizer, tokens, window, seed)
+    check_vocabulary(windows, checkpoint)
+    return windows
+
+
+def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:
+    """Raise a UserError if the tokenizer knows more tokens than the model."""
+    highest, known = int(windows.max()), checkpoint.config.vocab_size
+    if highest >= known:
+        raise UserError(f"the tokenizer of {checkpoint.name} gives token {highest}, the model knows {known}; it is another model's")
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any) -> Any:
+    """A causal language model in evaluation mode, with every weight from the checkpoint and none left over.
+
+    Args:
+        checkpoint: what to load; on disk.
+        device: where to put it.
+        dtype: what to compute in; "auto" for what is stored.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: weights are missing, left over or of the wrong shape, or the configuration is not one of a working model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    assert checkpoint.folder is not None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # any type: what a configuration can break is up to the library
+        raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
+    model, loading = loaded
+    for kind, what in (("missing_keys", "does not hold"), ("unexpected_keys", "holds, beyond what its config.json describes,")):
+        names = sorted(name for name in loading[kind] if not name.endswith("inv_freq"))
+        if names:
+            raise UserError(f"{checkpoint.name} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path | None, name: str) -> Any:
@@ -195,7 +233,7 @@ def load_tokenizer(folder: Path | None, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # many types for many damages; all of them mean that there is no usable tokenizer
-        raise UserError(f"{name} has no usable tokenizer ({str(error).splitlines()[0]}); copy tokenizer files there") from None
+        raise UserError(f"{name} has no usable tokenizer ({brief(error)}); copy tokenizer files there") from None
 
 
 def choose_device(device: str) -> torch.device:
@@ -206,7 +244,9 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N") from None
+        chosen = torch.device("meta")
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N")
     return chosen
 
 
@@ -364,6 +404,17 @@ def write_checkpoint(
     (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
 
 
+def check_repository(repository: str) -> None:
+    """Raise a UserError unless this can be the name of a Hub repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"--push-to {repository}: {brief(error)}") from None
+
+
 def upload(folder: Path, repository: str) -> None:
     """Upload a finished output folder to a Hub repository, which is made (private) if it does not exist."""
     from huggingface_hub import HfApi
@@ -374,4 +425,4 @@ def upload(folder: Path, repository: str) -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted to MLA with hf_mla")
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{folder} is complete, but uploading it to {repository} failed: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder} is complete, but uploading it to {repository} failed: {brief(error)}") from None

@@ -11,9 +11,9 @@ import torch
 from hf_mla import cache_bytes
 
 from .checkpoint import open_checkpoint
-from .converter import ConvertReport, convert, load_tokenizer
+from .converter import ConvertReport, convert, load_model, load_tokenizer
 from .text import BUNDLED
-from .verifier import VerifyReport, load_model, verify
+from .verifier import VerifyReport, verify
 
 
 PROMPT = "The captain looked at the sea and"
@@ -64,7 +64,7 @@ def generate(folder: str) -> Generation:
     """Continue the prompt greedily with a checkpoint, and measure the cache that `generate` used."""
     checkpoint = open_checkpoint(folder)
     tokenizer = load_tokenizer(checkpoint.folder, folder)
-    model: Any = load_model(checkpoint, torch.device("cpu"))
+    model: Any = load_model(checkpoint, torch.device("cpu"), torch.float32)
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     new = outputs.sequences[0, inputs["input_ids"].shape[1] :]

@@ -37,6 +37,11 @@ def refusal(config: Any) -> str | None:
         return "the checkpoint is quantized; convert the unquantized one and quantize the result"
     if config.attention_bias:
         return "attention_bias is true; only attention without biases is supported"
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"):
+        if getattr(config, name) < 1:
+            return f"{name} is {getattr(config, name)}; it must be positive"
+    if config.max_position_embeddings < 2:
+        return f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         return f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"

@@ -135,8 +135,6 @@ def check_attention_shapes(checkpoint: Checkpoint) -> None:
                 raise UserError(f"{checkpoint.name} has no tensor {name}; config.json announces {config.num_hidden_layers} layers")
             if tensor.shape != shape:
                 raise UserError(f"{checkpoint.name}: {name} is {list(tensor.shape)}, config.json announces {list(shape)}")
-            if tensor.dtype not in ITEMSIZE:
-                raise UserError(f"{checkpoint.name}: {name} is stored as {tensor.dtype}; supported: {', '.join(ITEMSIZE)}")
 
 
 def choose_size(config: Any, kv_budget: float | None, kv_lora_rank: int | None, qk_rope_head_dim: int | None) -> tuple[int, int]:

@@ -6,7 +6,8 @@ import lzma
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .checkpoint import user_path
+from .errors import UserError, brief
 
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
     Raises:
         UserError: there is no such file or data set, it is not UTF-8 text, or it is empty.
     """
-    path = BUNDLED / "calibration.txt.xz" if source is None else Path(source).expanduser()
-    limit = tokens * CHARACTERS_PER_TOKEN * spread
+    path = BUNDLED / "calibration.txt.xz" if source is None else user_path(source)
+    limit = min(tokens * CHARACTERS_PER_TOKEN * spread, 1 << 31)
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; give a text file, or the name of a data set")
     if path.is_file():
         try:
             opener = lzma.open if path.suffix == ".xz" else open
@@ -75,7 +78,7 @@ def read_dataset(name: str, limit: int) -> str:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{name} is neither a text file nor a data set that can be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{name} is neither a text file nor a data set that can be read: {brief(error)}") from None
     return "\n\n".join(parts)[:limit]
 
 

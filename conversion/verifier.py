@@ -12,8 +12,9 @@ from tqdm.auto import tqdm
 from hf_mla import cache_bytes
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .converter import choose_device, load_tokenizer
+from .converter import check_vocabulary, choose_device, load_model, load_tokenizer
 from .errors import UserError
+from .families import refusal
 from .planner import PerSide
 from .text import read_text, token_windows
 
@@ -40,6 +41,8 @@ class VerifyReport:
     """Largest difference between logits of the prompt pass and of token-by-token decoding."""
     verdict: str
     passed: bool
+    dtype: str
+    """What both models computed and cached in."""
 
 
 def verify(
@@ -71,7 +74,7 @@ def verify(
     Raises:
         UserError: a checkpoint or the text cannot be used.
     """
-    if max_ratio is not None and max_ratio <= 0:
+    if max_ratio is not None and not max_ratio > 0:
         raise UserError(f"--max-ratio is {max_ratio}; it must be positive (1.05 allows 5 % more perplexity)")
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}; at least 2 are needed, 98304 are usual")
@@ -79,32 +82,25 @@ def verify(
     check_pair(converted_checkpoint, source_checkpoint)
     tokenizer = load_tokenizer(source_checkpoint.folder, against)
     windows = token_windows(read_text(text, tokens), tokenizer, tokens, VERIFICATION_WINDOW)
+    check_vocabulary(windows, source_checkpoint)
     run_device = choose_device(device)
-    source, converted = (load_model(checkpoint, run_device) for checkpoint in (source_checkpoint, converted_checkpoint))
+    dtype = "auto" if run_device.type == "cuda" else torch.float32
+    source, converted = (load_model(checkpoint, run_device, dtype) for checkpoint in (source_checkpoint, converted_checkpoint))
     return compare(source, converted, windows, max_ratio)
 
 
 def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
     """Raise a UserError unless the first is an MLA model that can have come from the second."""
-    for checkpoint in (converted, source):
-        if not hasattr(checkpoint.config, "num_hidden_layers"):
-            raise UserError(f"{checkpoint.name}: model type {checkpoint.config.model_type!r} is not supported")
     if not converted.config.model_type.endswith("_mla"):
         raise UserError(f"{converted.name} is a {converted.config.model_type!r}, not a converted model; convert it first")
-    for key in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        here, there = getattr(converted.config, key), getattr(source.config, key)
+    reason = refusal(source.config)
+    if reason is not None:
+        raise UserError(f"{source.name}: {reason}")
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rope_parameters")
+    for key, origin in [*((key, key) for key in shared), ("qk_nope_head_dim", "head_dim")]:
+        here, there = getattr(converted.config, key), getattr(source.config, origin)
         if here != there:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
-
-
-def load_model(checkpoint: Checkpoint, device: torch.device) -> Any:
-    """A causal language model in evaluation mode: float32 on the CPU, as stored on a GPU."""
-    from transformers import AutoModelForCausalLM
-
-    dtype: Any = "auto" if device.type == "cuda" else torch.float32
-    assert checkpoint.folder is not None
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
-    return model.to(device).eval()
 
 
 @torch.no_grad()
@@ -121,9 +117,10 @@ def compare(source: Any, converted: Any, windows: Tensor, max_ratio: float | Non
         sums += torch.stack([*losses, kl, agreements]).double().cpu()
     predictions = windows.shape[0] * (windows.shape[1] - 1)
     loss_source, loss_converted, kl_mean, agreement = (sums / predictions).tolist()
-    if not math.isfinite(loss_source):
-        raise UserError("the source model's loss is not a finite number; the checkpoint is broken")
-    ratio = math.exp(min(loss_converted - loss_source, 700.0)) if math.isfinite(loss_converted) else math.inf
+    for name, loss in (("source", loss_source), ("converted", loss_converted)):
+        if not math.isfinite(loss):
+            raise UserError(f"the {name} model computes numbers that are not finite; its weights are damaged")
+    ratio = math.exp(min(loss_converted - loss_source, 700.0))
     prompt = windows[:1].to(source.device)
     return VerifyReport(
         perplexity=PerSide(math.exp(loss_source), math.exp(min(loss_converted, 700.0))),
@@ -135,6 +132,7 @@ def compare(source: Any, converted: Any, windows: Tensor, max_ratio: float | Non
         absorbed_vs_expanded_max_error=decoding_error(converted, prompt),
         verdict=verdict(ratio, max_ratio),
         passed=max_ratio is None or ratio <= max_ratio,
+        dtype=str(converted.dtype).removeprefix("torch."),
     )
 
 

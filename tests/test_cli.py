@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODEL, VALIDATION, make_llama
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, plan, verify
@@ -29,7 +30,10 @@ QUICK = ["--calibration-tokens", "2048", "--device", "cpu"]
 
 def run(capsys, *words):
     """Exit code, standard output, and standard error without progress bars."""
-    code = main([str(word) for word in words])
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse ends the program itself
+        code = stop.code
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("hf-mla:")]
     return code, captured.out, errors
@@ -208,7 +212,7 @@ def test_options_from_a_file(tmp_path, capsys):
     assert code == 0
     assert (json.loads(out)["kv_ratio"], json.loads(out)["calibration_tokens"]) == (0.5, 2048)
     (tmp_path / "options.yaml").write_text("kv_bugdet: 0.5\n")
-    assert "unknown option 'kv_bugdet'" in refuses(capsys, *words)
+    assert "unrecognized arguments: --kv-bugdet=0.5" in refuses(capsys, *words)
     assert "cannot be read" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--config", tmp_path / "none.yaml")
 
 
@@ -249,6 +253,15 @@ def change_config(**changes):
     return change
 
 
+def change_weights(change):
+    def rewrite(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return rewrite
+
+
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot be read as a model configuration"),
@@ -267,6 +280,24 @@ DAMAGES = {
     "more layers than weights": (change_config(num_hidden_layers=9), "has no tensor model.layers.6."),
     "other shapes": (change_config(head_dim=64), "config.json announces"),
 }
+
+
+# What only the weights themselves show: `plan`, which reads headers, lets it pass.
+DEEP_DAMAGES = {
+    "missing MLP": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "does not hold model.layers.2.mlp"),
+    "stale layers": (change_config(num_hidden_layers=4), "holds, beyond what its config.json describes, model.layers.4."),
+    "not finite": (change_weights(lambda t: t["model.norm.weight"].fill_(math.nan)), "not finite"),
+    "other MLP width": (change_config(intermediate_size=256), "cannot be loaded"),
+    "unknown activation": (change_config(hidden_act="nonsense"), "cannot be loaded"),
+    "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "no usable tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DEEP_DAMAGES.values(), ids=DEEP_DAMAGES)
+def test_damage_behind_whole_headers(capsys, tmp_path, source, damage, message):
+    damage(source)
+    assert message in refuses(capsys, "convert", source, tmp_path / "out", *QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
@@ -315,7 +346,7 @@ def test_output_is_not_overwritten_by_accident(capsys, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     assert "exists and is not empty" in refuses(capsys, "convert", MODEL, tmp_path / "notes", *QUICK)
-    assert "replaces checkpoints only" in refuses(capsys, "convert", MODEL, tmp_path / "notes", "--overwrite", *QUICK)
+    assert "replaces only those" in refuses(capsys, "convert", MODEL, tmp_path / "notes", "--overwrite", *QUICK)
     assert (tmp_path / "notes" / "diary.txt").read_text() == "mine"
     assert "is a file" in refuses(capsys, "convert", MODEL, tmp_path / "notes" / "diary.txt", *QUICK)
     assert run(capsys, "convert", MODEL, tmp_path / "out", *QUICK)[0] == 0
@@ -323,6 +354,36 @@ def test_output_is_not_overwritten_by_accident(capsys, tmp_path):
     assert run(capsys, "convert", MODEL, tmp_path / "out", "--overwrite", *QUICK)[0] == 0
     assert "only 0 (the closed form)" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--steps", 5)
     assert "is not available" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--device", "tpu")
+
+
+def test_source_is_never_touched(capsys, tmp_path, converted):
+    shutil.copytree(converted[0], tmp_path / "outer")
+    inner = shutil.copytree(MODEL, tmp_path / "outer" / "source")
+    for out in (tmp_path / "outer", inner, inner / "deeper"):
+        assert "choose another output folder" in refuses(capsys, "convert", inner, out, "--overwrite", *QUICK)
+    assert (inner / "model.safetensors").is_file()
+    assert not (inner / "deeper").exists()
+
+
+def test_broken_output_does_not_verify(capsys, tmp_path, converted):
+    words = ["--against", MODEL, "--text", VALIDATION, "--tokens", 1024]
+    for name, damage, message in (
+        ("hole", lambda t: t.pop("model.layers.0.self_attn.kv_b_proj.weight"), "does not hold model.layers.0.self_attn.kv_b_proj"),
+        ("nan", lambda t: t["model.norm.weight"].fill_(math.nan), "not finite"),
+    ):
+        folder = shutil.copytree(converted[0], tmp_path / name)
+        change_weights(damage)(folder)
+        assert message in refuses(capsys, "verify", folder, *words)
+    assert "--max-ratio is nan" in refuses(capsys, "verify", converted[0], *words, "--max-ratio", "nan")
+
+
+@pytest.mark.parametrize("line", ["seed: x", "kv_budget: [1]", "dtype: int8", "calibration_tokens: 1024.5", "steps:"])
+def test_options_file_is_checked_like_flags(tmp_path, line):
+    (tmp_path / "options.yaml").write_text(line)
+    command = [sys.executable, "-m", "hf_mla_conversion.cli", "convert", MODEL, str(tmp_path / "out")]
+    done = subprocess.run([*command, "--config", str(tmp_path / "options.yaml")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("hf-mla: ") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_no_disk_space(capsys, tmp_path, monkeypatch):
