@@ -65,12 +65,14 @@ def test_help_is_fast_and_imports_no_library():
         "try: main(['--help'])\n"
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    seconds = time.perf_counter() - started
-    assert done.returncode == 0, done.stderr
-    assert "convert" in done.stdout
-    assert seconds < 0.3, seconds
+    seconds = []
+    for _ in range(3):  # the least of three: other processes may be busy
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert "convert" in done.stdout
+    assert min(seconds) < 0.3, seconds
 
 
 def test_library_code_does_not_print():
