@@ -30,7 +30,7 @@ style: $(VENV)/ready
 	$(BIN)/ruff format .
 
 # The tests on the oldest supported, a middle and the newest Transformers, each in its own environment.
-test-versions: $(VENV)/ready
+test-versions:
 	for version in $(OLDEST) $(MIDDLE) newest; do \
 	  $(PYTHON) -m venv $(VENV)-$$version && \
 	  grep -v '^transformers' constraints.txt > $(VENV)-$$version/constraints.txt && \

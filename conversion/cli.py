@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The argument parser; every option is a keyword of the function that its command calls."""
+    """The argument parser; every option but `--config` is a keyword of the function that its command calls."""
     top = Parser(prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention.")
     top.add_argument("--version", action="version", version=version("hf-mla"))
     commands = top.add_subparsers(metavar="COMMAND", required=True)
@@ -305,7 +305,7 @@ def run_demo(options: dict[str, Any], as_json: bool) -> int:
 
 def demo_table(result: Any) -> str:
     """The demo for people: both texts, then one table."""
-    texts = [f"{name}: {result.prompt}{' '.join(side.text.split(' '))}" for name, side in sides(result)]
+    texts = [f"{name}: {result.prompt}{side.text}" for name, side in (("original", result.source), ("converted", result.converted))]
     measured = result.verify
     lines = [("", "original (GQA)", "converted (MLA)")]
     lines.append(
@@ -316,11 +316,6 @@ def demo_table(result: Any) -> str:
     lines.append(("KV cache after them, bytes", f"{result.source.cache_bytes:,}", f"{result.converted.cache_bytes:,}"))
     table = "\n".join(f"{name:<27}{source:>16}{converted:>17}" for name, source, converted in lines)
     return "\n\n".join([*texts, table, f"verdict: {measured.verdict}, for {1 - result.convert.kv_ratio:.2%} less cache"])
-
-
-def sides(result: Any) -> list[tuple[str, Any]]:
-    """The two generations of a demo with their names."""
-    return [("original", result.source), ("converted", result.converted)]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
   (default, linear, llama3, ...) works on the narrower rotary key without code of ours.
 * `auto_map` is part of the configuration, so whatever is saved loads again as remote code, with every head.
 
-This file travels with every checkpoint: it imports only torch, transformers and files beside it.
+This file travels with every checkpoint: it imports only transformers and the huggingface_hub that it stands on.
 """
 
 from typing import Any, ClassVar

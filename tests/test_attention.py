@@ -23,12 +23,11 @@ def caches(config, length):
     }
 
 
-def feed(model, ids, cache, sizes, **inputs):
+def feed(model, ids, cache, sizes):
     """Logits of feeding `ids` in pieces of the given sizes."""
     parts, seen = [], 0
     for size in sizes:
-        step = {"attention_mask": inputs["attention_mask"][:, : seen + size]} if "attention_mask" in inputs else {}
-        parts.append(model(ids[:, seen : seen + size], past_key_values=cache, **step).logits)
+        parts.append(model(ids[:, seen : seen + size], past_key_values=cache).logits)
         seen += size
     assert seen == ids.shape[1]
     return torch.cat(parts, dim=1)

@@ -47,7 +47,7 @@ def test_prompt_lookup_crops_the_cache(converted):
 
 
 @torch.no_grad()
-def test_growth_is_amortised(mla):
+def test_growth_is_amortised():
     """A thousand appended tokens move the buffer a few dozen times, not a thousand."""
     layer, buffers = LatentDynamicLayer(), set()
     for _ in range(1000):
