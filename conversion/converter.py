@@ -21,21 +21,18 @@ from tqdm.auto import tqdm
 import hf_mla
 from hf_mla.modeling_mla import MLAAttention
 
-from .calibrate import LayerMoments, OutputFit, hooks, measure_moments
+from .calibrate import OutputFit, hooks, measure_moments
 from .card import model_card
 from .checkpoint import Checkpoint, ShardWriter, check_output, open_checkpoint, output_folder
+from .closed_form import convert_attention, mla_config
 from .errors import UserError, brief
-from .factorize import factorize
 from .families import FAMILIES, refusal
 from .planner import CALIBRATION_WINDOW, DTYPES, PlanReport, choose_size, make_plan, memory_estimate
-from .rotary import principal_components, rotary_queries, split_keys
 from .text import read_text, token_windows
 
 
 logger = logging.getLogger(__name__)
 
-# RMSNorm with these is the identity, exact in float32 and bfloat16: sqrt(2**40) = 2**20 outweighs any latent.
-IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT = 2.0**40, 2.0**20
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
 REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "modeling_mla.py")
 CARRIED = [
@@ -142,7 +139,8 @@ def convert(
     if not all(torch.isfinite(x).all() for moment in moments for x in (moment.inputs, moment.keys, moment.values)):
         raise UserError(f"{source} computes numbers that are not finite; its weights are damaged")
 
-    config = mla_config(checkpoint, rank, rope_dim, dtype)
+    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+    config = mla_config(checkpoint.config, rank, rope_dim, stored)
     config._attn_implementation = model.config._attn_implementation
     converted, energies = [], []
     for layer, moment in zip(tqdm(model.model.layers, desc="factorizing", unit="layer"), moments, strict=True):
@@ -272,61 +270,6 @@ def fits_backward(checkpoint: Checkpoint, device: torch.device, window: int) -> 
         "projection, not by the loss gradient; expect a somewhat higher perplexity"
     )
     return False
-
-
-def mla_config(checkpoint: Checkpoint, rank: int, rope_dim: int, dtype: str) -> Any:
-    """The configuration of the converted model: the source's, with MLA dimensions."""
-    source = checkpoint.config
-    family = FAMILIES[source.model_type]
-    fields = source.to_dict()
-    for key in ("model_type", "head_dim", "num_key_value_heads", "auto_map", "transformers_version"):
-        fields.pop(key, None)
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
-    fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": stored if dtype == "auto" else dtype}
-    return getattr(hf_mla, f"{family.mla}Config")(
-        **fields,
-        kv_lora_rank=rank,
-        qk_rope_head_dim=rope_dim,
-        qk_nope_head_dim=source.head_dim,
-        v_head_dim=source.head_dim,
-        kv_a_layernorm_eps=IDENTITY_NORM_EPS,
-    )
-
-
-@torch.no_grad()
-def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tuple[MLAAttention, float]:
-    """Convert one attention layer in closed form.
-
-    Args:
-        attention: the original module.
-        moment: its moments.
-        config: the MLA configuration.
-
-    Returns:
-        The MLA module, on the device and in the type of the original, and the share of energy that its latent keeps.
-    """
-    query, key, value = (getattr(attention, f"{name}_proj").weight.double().cpu() for name in "qkv")
-    head_dim, rank, rope_dim = config.qk_nope_head_dim, config.kv_lora_rank, config.qk_rope_head_dim
-    kv_heads = key.shape[0] // head_dim
-    components = principal_components(key, moment.inputs, kv_heads, rope_dim)
-    rotary_key, rest = split_keys(key, components)
-    factors = factorize(torch.cat([rest, value]), moment.inputs, [moment.keys, moment.values], rank)
-
-    heads = config.num_attention_heads
-    queries = torch.cat([query.view(heads, head_dim, -1), rotary_queries(query, components)], dim=1)  # [H, N + P, D]
-    # DeepSeek's scale is (N + P)^-1/2, the original's d^-1/2.
-    queries *= attention.scaling * (head_dim + rope_dim) ** 0.5
-    up = factors.up.view(2, kv_heads, 1, head_dim, rank).expand(-1, -1, heads // kv_heads, -1, -1)
-    up = up.reshape(2, heads, head_dim, rank).transpose(0, 1)  # [H, 2, d, R]: each query head gets its group's key and value
-    mla = MLAAttention(config, attention.layer_idx).to(attention.q_proj.weight.device, attention.q_proj.weight.dtype)
-    mla.requires_grad_(False)
-    mla.q_proj.weight.copy_(queries.flatten(0, 1))
-    mla.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.down, rotary_key]))
-    mla.kv_a_layernorm.weight.fill_(IDENTITY_NORM_WEIGHT)
-    mla.kv_b_proj.weight.copy_(up.flatten(0, 2))
-    mla.o_proj.weight.copy_(attention.o_proj.weight)
-    kept, total = factors.spectrum[:rank].sum(), factors.spectrum.sum()
-    return mla.eval(), float(kept / total) if total > 0 else 1.0
 
 
 @torch.no_grad()
