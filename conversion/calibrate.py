@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of a model on text: what the closed form is computed from.
+"""What the original model does on calibration text, as the conversion of each layer needs it.
 
-* Of the attention input, S = E[x x^T], from a forward pass.
-* Of the loss gradient at keys (before RoPE) and values, G_K = E[dK dK^T] and G_V, from a backward pass through frozen weights.
-  Where that does not fit in memory, a layer-local stand-in is used: what the queries make of a key, and `o_proj` of a value.
-* Of the attention output, to fit the output projection of the converted layers (`OutputFit`).
+`survey` makes one forward and one backward pass over a few windows, holding one layer at a time: every layer's input goes to disk
+on the way up, and on the way down the layer is computed again from it, with gradients. It leaves, per layer,
+
+* the hidden states that enter it, from which S = E[x x^T] of the attention input follows, and
+* the second moments of the loss gradient at keys (before RoPE) and values, G_K = E[dK dK^T] and G_V.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .checkpoint import load_file, save_file
+from .streaming import LayerStream
+
 
 @dataclass
 class LayerMoments:
-    """Moments of one attention layer, in float64 on the CPU; D hidden size, g key/value heads of width d."""
+    """Moments of one attention layer, in float64; D hidden size, g key/value heads of width d."""
 
     inputs: Tensor  # S [D, D]
     keys: Tensor  # G_K [g * d, g * d]
@@ -37,92 +42,100 @@ def hooks(handles: list[Any]) -> Iterator[None]:
 
 
 def second_moment(rows: Tensor) -> Tensor:
-    """Sum over all but the last dimension of the outer products of `rows`, in float64."""
+    """Sum over all but the last dimension of the outer products of `rows`, accumulated in float32 at least; float64."""
     flat = rows.detach().flatten(0, -2)
-    return (flat.T @ flat).double().cpu()
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return (flat.T @ flat).double()
 
 
-def measure_moments(model: Any, windows: Tensor, batch: int, *, backward: bool) -> list[LayerMoments]:
-    """Accumulate the moments of all layers over calibration text.
+def inputs_file(folder: Path, layer: int) -> Path:
+    """Where `survey` leaves the hidden states that enter a layer."""
+    return folder / f"inputs-{layer:04}.safetensors"
+
+
+def layer_inputs(folder: Path, layer: int) -> Tensor:
+    """The hidden states [windows, tokens, D] that enter a layer, of the surveyed text."""
+    return load_file(inputs_file(folder, layer))["states"]
+
+
+def gradient_file(folder: Path, layer: int) -> Path:
+    """Where `survey` leaves the gradient moments of a layer."""
+    return folder / f"gradient-{layer:04}.safetensors"
+
+
+def gradient_moments(folder: Path, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The gradient moments G_K and G_V of a layer, each [g * d, g * d]."""
+    moments = load_file(gradient_file(folder, layer))
+    return moments["keys"].to(device), moments["values"].to(device)
+
+
+def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> None:
+    """Leave every layer's inputs and gradient moments on calibration text in `folder`; done already if they are there.
 
     Args:
-        model: a causal language model of Transformers, frozen, in evaluation mode.
+        stream: the model.
         windows: token ids [windows, tokens].
         batch: windows per pass.
-        backward: weight by the loss gradient; else by the layer's own queries and output projection.
-
-    Returns:
-        One entry per layer.
+        folder: where to.
     """
-    config = model.config
-    size = config.num_key_value_heads * config.head_dim
-    zeros = [(config.hidden_size, config.hidden_size), (size, size), (size, size)]
-    moments = [LayerMoments(*(torch.zeros(shape, dtype=torch.float64) for shape in zeros)) for _ in model.model.layers]
+    if gradient_file(folder, 0).exists():  # the last to be written
+        return
+    progress = tqdm(total=2 * len(stream), desc="surveying", unit="layer")
+    states = torch.empty(*windows.shape, stream.config.hidden_size, dtype=stream.dtype)
+    stream.embed(windows, states)
+    for index in range(len(stream)):
+        save_file({"states": states}, inputs_file(folder, index))
+        with stream.layer(index) as layer, torch.no_grad():
+            advance(layer, stream.calls[index], states, batch, stream.device)
+        progress.update()
 
-    def watch_input(moment: LayerMoments) -> Callable:
-        def hook(_module: nn.Module, args: tuple) -> None:
-            moment.inputs += second_moment(args[0])
+    gradient = states  # of the loss, at the output of the layer at work
+    with stream.head() as head:
+        for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
+            inputs = part.to(stream.device, copy=True).requires_grad_(True)
+            logits = head(inputs)[:, :-1].flatten(0, 1)
+            # The sum, not the mean: gradients of equal scale whatever the batch.
+            loss = nn.functional.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, 1:].flatten().to(stream.device), reduction="sum"
+            )
+            part.copy_(torch.autograd.grad(loss, inputs)[0])
+    for index in reversed(range(len(stream))):
+        with stream.layer(index) as layer:
+            moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
+        save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
+        progress.update()
+    progress.close()
 
-        return hook
 
-    def watch_gradient(total: Tensor) -> Callable:
+@torch.no_grad()
+def advance(layer: Any, call: dict, states: Tensor, batch: int, device: torch.device) -> None:
+    """Pass hidden states [windows, tokens, D] through a layer, in place."""
+    for part in states.split(batch):
+        part.copy_(layer(part.to(device), **call))
+
+
+def backward(layer: Any, call: dict, states: Tensor, gradient: Tensor, batch: int, device: torch.device) -> dict[str, Tensor]:
+    """Pass the loss gradient [windows, tokens, D] back through a layer, in place; returns sums of its second moments."""
+    totals: dict[str, Any] = {"keys": 0, "values": 0}
+
+    def watch(name: str) -> Callable:
         def add(gradient: Tensor) -> None:
-            total.add_(second_moment(gradient))
+            totals[name] += second_moment(gradient.flatten(2))
 
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            if not output.requires_grad:  # the first layer's: weights and embeddings are frozen
-                output.requires_grad_(True)
             output.register_hook(add)
 
         return hook
 
-    def watch_queries(total: Tensor) -> Callable:
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            total.add_(key_sensitivity(output, config.num_key_value_heads, config.head_dim))
-
-        return hook
-
-    handles = []
-    for layer, moment in zip(model.model.layers, moments, strict=True):
-        attention = layer.self_attn
-        handles.append(attention.k_proj.register_forward_pre_hook(watch_input(moment)))
-        if backward:
-            handles.append(attention.k_proj.register_forward_hook(watch_gradient(moment.keys)))
-            handles.append(attention.v_proj.register_forward_hook(watch_gradient(moment.values)))
-        else:
-            handles.append(attention.q_proj.register_forward_hook(watch_queries(moment.keys)))
-    with hooks(handles), torch.set_grad_enabled(backward):
-        for ids in tqdm(windows.split(batch), desc="calibrating", unit="batch"):
-            ids = ids.to(model.device)
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=0 if backward else 1).logits
-            if backward:
-                # The sum, not the mean: gradients of equal scale whatever the batch.
-                nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").backward()
-    for layer, moment in zip(model.model.layers, moments, strict=True):
-        moment.inputs /= windows.numel()
-        moment.keys /= windows.numel()
-        moment.values /= windows.numel()
-        if not backward:
-            balance_local(moment, layer.self_attn)
-    return moments
-
-
-def key_sensitivity(queries: Tensor, kv_heads: int, head_dim: int) -> Tensor:
-    """Sum of q q^T over tokens and the query heads of each key head: [B, T, H * d] -> block-diagonal [g * d, g * d]."""
-    grouped = queries.detach().unflatten(-1, (kv_heads, -1, head_dim)).flatten(0, 1).transpose(0, 1)  # [g, B * T, n, d]
-    return torch.block_diag(*(second_moment(head) for head in grouped))
-
-
-def balance_local(moment: LayerMoments, attention: Any) -> None:
-    """Complete the layer-local stand-in for the gradient: values by `o_proj`, and keys and values on equal energy."""
-    heads = attention.o_proj.weight.double().cpu().unflatten(1, (-1, attention.head_dim))  # [D, H, d]
-    grouped = heads.unflatten(1, (-1, attention.num_key_value_groups))  # [D, g, n, d]
-    moment.values = torch.block_diag(*(second_moment(head) for head in grouped.transpose(0, 1)))
-    energies = []
-    for weighting, projection in ((moment.keys, attention.k_proj), (moment.values, attention.v_proj)):
-        weight = projection.weight.double().cpu()
-        energies.append(torch.trace(weighting @ weight @ moment.inputs @ weight.T))
-    moment.keys *= energies[1] / energies[0].clamp_min(torch.finfo(torch.float64).tiny)
+    attention = layer.self_attn
+    key = getattr(attention, "k_norm", attention.k_proj)
+    with hooks([key.register_forward_hook(watch("keys")), attention.v_proj.register_forward_hook(watch("values"))]):
+        for inputs, part in zip(states.split(batch), gradient.split(batch), strict=True):
+            inputs = inputs.to(device, copy=True).requires_grad_(True)
+            with torch.enable_grad():
+                output = layer(inputs, **call)
+            part.copy_(torch.autograd.grad(output, inputs, part.to(device))[0])
+    return totals
 
 
 class OutputFit:
@@ -135,24 +148,19 @@ class OutputFit:
 
     def __init__(self, weight: Tensor) -> None:
         """`weight`: W_0 [D, H * V], the original output projection."""
-        self.weight = weight.double().cpu()
-        self.zz = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)  # sum of z z^T
-        self.rz = torch.zeros(weight.shape, dtype=torch.float64)  # sum of (y - W_0 z) z^T
-        self.rr = self.yy = 0.0  # sums of squares of y - W_0 z, and of y
+        self.weight = weight.double()
+        self.zz: Any = 0  # sum of z z^T, [H * V, H * V]
+        self.rz: Any = 0  # sum of (y - W_0 z) z^T, [D, H * V]
 
-    def add(self, heads: Tensor, target: Tensor) -> None:
-        """Take in tokens: z [B, T, H * V] and y [B, T, D]."""
-        z, y = heads.flatten(0, -2), target.flatten(0, -2)
-        residual = y - z @ self.weight.to(z).T
-        self.zz += (z.T @ z).double().cpu()
-        self.rz += (residual.T @ z).double().cpu()
-        self.rr += residual.double().square().sum().item()
-        self.yy += y.double().square().sum().item()
+    def add(self, heads: Tensor, residual: Tensor) -> None:
+        """Take in tokens: z [B, T, H * V], and y - W_0 z [B, T, D]."""
+        wide = torch.promote_types(heads.dtype, torch.float32)
+        z, r = heads.flatten(0, -2).to(wide), residual.flatten(0, -2).to(wide)
+        self.zz = self.zz + (z.T @ z).double()
+        self.rz = self.rz + (r.T @ z).double()
 
-    def solve(self, ridge: float = 1e-4) -> tuple[Tensor, float]:
-        """The fitted W [D, H * V], and the relative squared error of the output that is left."""
+    def solve(self, ridge: float = 1e-4) -> Tensor:
+        """The fitted W [D, H * V]."""
         damping = ridge * self.zz.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-        damped = self.zz + damping * torch.eye(len(self.zz), dtype=torch.float64)
-        change = torch.linalg.solve(damped, self.rz.T).T
-        left = self.rr - 2 * (change * self.rz).sum() + (change @ self.zz * change).sum()
-        return self.weight + change, max(float(left), 0.0) / max(self.yy, torch.finfo(torch.float64).tiny)
+        damped = self.zz + damping * torch.eye(len(self.zz), dtype=torch.float64, device=self.zz.device)
+        return self.weight + torch.linalg.solve(damped, self.rz.T).T

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import Checkpoint
 
 
+HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
+
 if TYPE_CHECKING:
     from .converter import ConvertReport
 
@@ -32,14 +34,24 @@ With `hf_mla` installed and imported, `trust_remote_code` is not needed.
 
 ## How it was made
 
-In closed form, without training: {tokens:,} tokens of calibration text ({calibration}), {weighting}, seed {seed}.
-Everything but the attention is copied unchanged. The relative squared error of a layer's attention output on that text is
-{least:.4f} to {most:.4f}; `conversion.json` has it for each layer.
+From {tokens:,} tokens of calibration text ({calibration}), seed {seed}: {method}. Everything but the attention is copied
+unchanged. `conversion.json` has all options, the fingerprints of source and text, and each layer's errors.
+
+On {held:,} tokens of that text which nothing was fitted to:
+
+| | source | converted |
+|---|---|---|
+| perplexity | {before:.3f} | {after:.3f} (x {ratio:.4f}) |
+| same likeliest token | | {agreement:.1%} |
+| KL divergence, nats per token | | {kl:.4f} |
+| relative squared error of the attention output, by layer | | {least:.4f} to {most:.4f} |
+| KV cache, bytes per token | {source_bytes:,} | {converted_bytes:,} |
 
 ## Limits
 
-It is an approximation of its source: measure it (`hf-mla verify`), and fine-tune it on your data before relying on it. What the
-source's licence and card say holds for it too.
+It is an approximation of its source. Text like the calibration text flatters it, and text that the source was trained on need not
+show what other text would: measure it on yours (`hf-mla verify`){healing}. It was fitted on sequences of {window:,} tokens.
+What the source's licence and card say holds for it too.
 """
 
 
@@ -53,12 +65,14 @@ def model_card(source: Checkpoint, config: Any, report: "ConvertReport", recipe:
         text = (source.folder / "README.md").read_text(encoding="utf-8", errors="replace")
         front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
         metadata += [line for line in (front[1] if front else "").splitlines() if re.match(r"license\w*:", line)]
-    errors = [layer.error_closed_form for layer in report.layers]
+    errors = [layer.error for layer in report.layers]
+    assert report.perplexity is not None and report.perplexity_ratio is not None and report.kv_bytes_per_token is not None
+    steps = f"each layer was then fitted to the original's attention output in {report.steps:,} steps"
     return CARD.format(
         metadata="\n".join(metadata),
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
         source=source.name,
-        version=recipe["hf_mla"],
+        version=recipe["versions"]["hf_mla"],
         converted=report.kv_floats_per_token_per_layer.converted,
         original=report.kv_floats_per_token_per_layer.source,
         saved=1 - report.kv_ratio,
@@ -67,7 +81,17 @@ def model_card(source: Checkpoint, config: Any, report: "ConvertReport", recipe:
         load=report.output.rstrip("/").rsplit("/", 1)[-1],
         tokens=report.calibration_tokens,
         calibration=recipe["calibration"],
-        weighting="weighted by the loss gradient" if report.weighting == "gradient" else "weighted layer by layer",
+        method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing trained"),
+        held=report.held_back_tokens,
+        before=report.perplexity.source,
+        after=report.perplexity.converted,
+        ratio=report.perplexity_ratio,
+        agreement=report.top1_agreement,
+        kl=report.kl,
+        source_bytes=report.kv_bytes_per_token.source,
+        converted_bytes=report.kv_bytes_per_token.converted,
+        healing=", and fine-tune it before relying on it" if report.perplexity_ratio > HEALING_RATIO else "",
+        window=report.window,
         seed=recipe["seed"],
         least=min(errors),
         most=max(errors),

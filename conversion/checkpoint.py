@@ -3,15 +3,13 @@
 
 * Headers first: a truncated shard, an index that names an absent one or a tensor of the wrong shape is found before any
   weight is read.
-* `ShardWriter` writes shards as they fill and names them when their number is known.
-* `output_folder` makes an output appear under its final name only when it is complete.
+* `ShardWriter` writes shards tensor by tensor.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -36,7 +35,8 @@ class TensorHeader:
 
     shape: tuple[int, ...]
     dtype: str
-    file: str
+    file: str = ""
+    """The shard that holds it."""
 
     @property
     def parameters(self) -> int:
@@ -45,6 +45,11 @@ class TensorHeader:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the elements."""
+        return self.parameters * ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Bytes of all stored tensors."""
-        return sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in self.tensors.values())
+        return sum(tensor.bytes for tensor in self.tensors.values())
 
     @property
     def dtype(self) -> str:
@@ -77,15 +82,30 @@ class Checkpoint:
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
         return max(counts, key=lambda dtype: counts[dtype])
 
-    def read(self) -> Iterator[tuple[str, "Tensor"]]:
-        """Yield all tensors, file by file."""
+    def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
+        """Read some tensors into memory of their own.
+
+        Args:
+            names: which.
+            device: where to.
+            dtype: in which type; None keeps the stored one.
+
+        Returns:
+            The tensors by name.
+        """
         from safetensors import safe_open
 
         assert self.folder is not None
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
+        files: dict[str, list[str]] = {}
+        for name in names:
+            files.setdefault(self.tensors[name].file, []).append(name)
+        loaded = {}
+        for file, inside in files.items():
             with safe_open(self.folder / file, framework="pt") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    yield name, shard.get_tensor(name)
+                for name in inside:
+                    # A copy: a view would keep the whole file mapped.
+                    loaded[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+        return loaded
 
 
 def open_checkpoint(source: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:
@@ -253,50 +273,83 @@ def check_types(tensors: dict[str, TensorHeader], source: str) -> None:
 
 
 class ShardWriter:
-    """Writes tensors to numbered safetensors shards, holding one shard in memory at most."""
+    """Writes safetensors shards tensor by tensor, holding one in memory: names, shapes and types are known beforehand.
 
-    def __init__(self, folder: Path, shard_bytes: int = 4 << 30) -> None:
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total_bytes = 0
+    (The library writes a file from tensors that are all in memory.) The format is eight bytes of header length, a JSON header
+    padded to a multiple of eight, and the tensors' bytes: https://github.com/huggingface/safetensors#format.
 
-    def add(self, name: str, tensor: "Tensor") -> None:
-        """Queue a tensor; a full shard is written first."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
+    Args:
+        folder: where to.
+        tensors: what will be written, by name.
+        shard_bytes: a shard holds at most so much, or one tensor.
+    """
 
-    def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+    def __init__(self, folder: Path, tensors: dict[str, TensorHeader], shard_bytes: int = 4 << 30) -> None:
+        self.folder, self.tensors = folder, tensors
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, tensor in tensors.items():
+            if shards[-1] and filled + tensor.bytes > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += tensor.bytes
+        # Widest types first, so that every tensor starts at a multiple of its width.
+        self._shards = [sorted(names, key=lambda name: -ITEMSIZE[tensors[name].dtype]) for names in shards]
 
-        self._shards.append(list(self._pending))
-        try:
-            save_file(self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk arrives as this, not as an OSError
-            raise OSError(str(error)) from error
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self) -> None:
-        """Write what is left, give the shards their final names, and write the index if there are several."""
-        self._flush()
+    def write(self, read: "Callable[[str], Tensor]") -> None:
+        """Write all shards, and the index if there are several; `read` gives a tensor by its name."""
         count = len(self._shards)
-        if count == 1:
-            (self.folder / "shard-1").rename(self.folder / WEIGHTS)
-            return
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
-            file = f"model-{number:05}-of-{count:05}.safetensors"
-            (self.folder / f"shard-{number}").rename(self.folder / file)
+            file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            self._write_shard(self.folder / file, names, read)
+        if count > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.bytes for tensor in self.tensors.values())},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _write_shard(self, path: Path, names: list[str], read: "Callable[[str], Tensor]") -> None:
+        import torch
+
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name in names:
+            tensor = self.tensors[name]
+            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.bytes]}
+            offset += tensor.bytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                data = read(name).detach().cpu().contiguous()
+                stored = TensorHeader(tuple(data.shape), DTYPES[str(data.dtype).removeprefix("torch.")])
+                assert stored == TensorHeader(self.tensors[name].shape, self.tensors[name].dtype), name
+                file.write(data.flatten().view(torch.uint8).numpy().tobytes())
+
+
+def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors to a safetensors file that appears whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file as save
+
+    partial = path.with_suffix(".partial")
+    try:
+        save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:  # a full disk arrives as this, not as an OSError
+        raise OSError(str(error)) from error
+    partial.replace(path)
+
+
+def load_file(path: Path) -> "dict[str, Tensor]":
+    """Read a safetensors file that `save_file` wrote; the tensors are mapped, not copied."""
+    from safetensors.torch import load_file as load
+
+    return load(path)
 
 
 def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) -> Path:
@@ -327,7 +380,7 @@ def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) 
             raise UserError(f"{out} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
     existing = next(parent for parent in path.parents if parent.exists())
     try:
-        probe = existing / f".{path.name}.incomplete"
+        probe = existing / f".{path.name}.probe"
         probe.mkdir(exist_ok=True)
         probe.rmdir()
         free = shutil.disk_usage(existing).free
@@ -338,30 +391,3 @@ def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) 
             f"{existing} has {free / 1e6:,.1f} MB free, the output takes {bytes_needed / 1e6:,.1f} MB; make room or write elsewhere"
         )
     return path
-
-
-@contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """A folder to write to that takes the name `path` when the block ends, and is removed if it fails or is interrupted.
-
-    Args:
-        path: the final name.
-
-    Yields:
-        The folder to write to.
-
-    Raises:
-        UserError: the disk is full, or the folder cannot be written.
-    """
-    partial = path.parent / f".{path.name}.incomplete"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if path.exists():
-            shutil.rmtree(path)
-        partial.rename(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -43,10 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-mla: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            f"hf-mla: interrupted, nothing was left behind; to start again: {shlex.join(['hf-mla', *arguments])}",
-            file=sys.stderr,
-        )
+        what = "go on" if arguments[:1] == ["convert"] else "start again"
+        words = [word for word in arguments if word != "--restart"]
+        print(f"hf-mla: interrupted; to {what}: {shlex.join(['hf-mla', *words])}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hf-mla info ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
@@ -90,13 +89,14 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="folder to write")
     add_size(convert)
     convert.add_argument("--calibration", metavar="FILE|DATASET", help="text (.txt, .txt.xz) or data set; default: bundled English")
-    convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (65536)")
-    convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps; only 0, the closed form, so far (0)")
+    convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 1048576, CPU 131072)")
+    convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
     add_device(convert)
     add_dtype(convert)
     convert.add_argument("--seed", type=int, metavar="N", help="chooses the calibration windows (0)")
     add_revision(convert)
     convert.add_argument("--config", metavar="FILE.yaml", help="options from a file, one `name: value` a line; flags win")
+    convert.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted conversion has done")
     convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
     convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
 
@@ -122,6 +122,7 @@ def add_size(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kv-budget", type=float, metavar="F", help="share of the original cache to keep (0.3125)")
     sub.add_argument("--kv-lora-rank", type=int, metavar="N", help="or: numbers in the latent,")
     sub.add_argument("--qk-rope-head-dim", type=int, metavar="N", help="and in the shared rotary key")
+    sub.add_argument("--qk-norm", choices=["exact", "fold"], help="norms of queries and keys: cached, or plain DeepSeek (exact)")
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:
@@ -213,16 +214,27 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla convert`."""
     from .converter import convert
 
-    result = convert(**given(options))
-    errors = [layer.error_closed_form for layer in result.layers]
-    summary = {
-        "calibration": f"{result.calibration_tokens:,} tokens, {result.weighting} weighting",
-        "attention error": f"{min(errors):.4f} to {max(errors):.4f} of the output's energy, by layer",
+    result: Any = convert(**given(options))
+    summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
+    if result.candidates:
+        tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
+        summary["sizes tried"] = f"{tried} (error of the attention output on held-back text; the least was chosen)"
+    summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
+    if result.steps:
+        summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
+    summary |= {
+        "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
+        f"on {result.held_back_tokens:,} held-back tokens of the calibration text",
         "time": f"{result.seconds:.0f} s",
         "output": result.output,
     }
     show(result, as_json, lambda: plan_table(result) + "\n" + rows(summary))
     return 0
+
+
+def spread(errors: list[float]) -> str:
+    """The range of the layers' errors."""
+    return f"{min(errors):.4f} to {max(errors):.4f}"
 
 
 def read_options(path: str) -> list[str]:

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One attention layer to MLA in closed form: weights from weights and second moments, nothing trained."""
+"""One attention layer to MLA in closed form: weights from weights and second moments, nothing trained.
+
+Biases. Of a key's bias, the shared rotary key keeps its part. The position-free rest adds q . b to the scores of a query at
+all tokens alike, which the softmax cancels: it is dropped. Attention weights sum to one, so a value's bias goes through
+`o_proj` into the bias there. The query's is kept as it is.
+
+QK-norm. Normed and before RoPE, head j's key is s_j(t) diag(w) W_j x(t), with s_j(t) = (mean of squares of W_j x(t) + eps)^-1/2.
+Both variants start from its linear mean, m_j diag(w) W_j x(t) with m_j the same of the mean square over the calibration text:
+there heads are weighted as the softmax sees them, and the gradient moment is that at the output of `k_norm`.
+
+* "fold" takes that mean for the key, and the like for the query: a plain DeepSeek model, inexact.
+* "exact" caches s_j(t), and queries undo m_j. A query's norm needs its original rows, so those are what `q_proj` keeps for the
+  position-free part; the norm's weight, 1 / m_j and the scale go to the other side, the keys' half of `kv_b_proj`.
+"""
 
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import hf_mla
 from hf_mla.modeling_mla import MLAAttention
 
 from .calibrate import LayerMoments
 from .factorize import factorize
-from .families import FAMILIES
+from .families import FAMILIES, biased_projections, key_norms, source_head_dim
 from .rotary import principal_components, rotary_queries, split_keys
 
 
@@ -18,7 +32,7 @@ from .rotary import principal_components, rotary_queries, split_keys
 IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT = 2.0**40, 2.0**20
 
 
-def mla_config(source: Any, rank: int, rope_dim: int, dtype: str) -> Any:
+def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str = "exact") -> Any:
     """The configuration of the converted model: the source's, with MLA dimensions.
 
     Args:
@@ -26,6 +40,7 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str) -> Any:
         rank: kv_lora_rank.
         rope_dim: qk_rope_head_dim.
         dtype: type of the stored numbers, as torch names it.
+        qk_norm: "exact" or "fold"; without meaning for families that have no QK-norm.
 
     Returns:
         The configuration; its norm on the latent is the identity.
@@ -35,47 +50,104 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str) -> Any:
     for key in ("model_type", "head_dim", "num_key_value_heads", "auto_map", "transformers_version"):
         fields.pop(key, None)
     fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": dtype}
+    fields["attention_bias"] = bool(biased_projections(source))
     return getattr(hf_mla, f"{family.mla}Config")(
         **fields,
         kv_lora_rank=rank,
         qk_rope_head_dim=rope_dim,
-        qk_nope_head_dim=source.head_dim,
-        v_head_dim=source.head_dim,
+        qk_nope_head_dim=source_head_dim(source),
+        v_head_dim=source_head_dim(source),
+        num_key_norms=key_norms(source, qk_norm),
         kv_a_layernorm_eps=IDENTITY_NORM_EPS,
     )
 
 
+def rows(projection: nn.Linear, like: Tensor) -> Tensor:
+    """What a projection multiplies (x, 1) by: its weight [m, D], and its bias (if any) as one more column; typed as `like`."""
+    weight = projection.weight.to(like)
+    return weight if projection.bias is None else torch.cat([weight, projection.bias.to(like).unsqueeze(1)], dim=1)
+
+
+def mean_inverse_rms(heads: Tensor, moment: Tensor, eps: float) -> Tensor:
+    """What RMSNorm multiplies each head by, its mean square replaced by the mean over the text.
+
+    Args:
+        heads: [heads, d, D], rows of the projection.
+        moment: [D, D], second moment of its input.
+        eps: epsilon of the norm.
+
+    Returns:
+        [heads].
+    """
+    return ((heads @ moment * heads).sum(-1).mean(-1) + eps).rsqrt()
+
+
 @torch.no_grad()
-def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tuple[MLAAttention, float]:
+def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tuple[MLAAttention, Tensor]:
     """Convert one attention layer in closed form.
 
     Args:
         attention: the original module.
-        moment: its moments.
-        config: the MLA configuration.
+        moment: its moments; with QK-norm, `keys` is that of the gradient at the output of `k_norm`.
+        config: the MLA configuration; with QK-norm, `num_key_norms` tells "exact" from "fold".
 
     Returns:
-        The MLA module, on the device and in the type of the original, and the share of energy that its latent keeps.
+        The MLA module, on the device of the original, in float32 or wider, and the spectrum: the share of energy in
+        each direction, descending; the latent keeps the first R.
     """
-    query, key, value = (getattr(attention, f"{name}_proj").weight.double().cpu() for name in "qkv")
-    head_dim, rank, rope_dim = config.qk_nope_head_dim, config.kv_lora_rank, config.qk_rope_head_dim
-    kv_heads = key.shape[0] // head_dim
-    components = principal_components(key, moment.inputs, kv_heads, rope_dim)
-    rotary_key, rest = split_keys(key, components)
-    factors = factorize(torch.cat([rest, value]), moment.inputs, [moment.keys, moment.values], rank)
+    hidden, rank, rope_dim, head_dim = config.hidden_size, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
+    inputs = moment.inputs
+    query, key, value = (rows(getattr(attention, f"{name}_proj"), inputs) for name in "qkv")  # [.., D], or [.., D + 1] with biases
+    heads, kv_heads = query.shape[0] // head_dim, key.shape[0] // head_dim
+    query, key = query.view(heads, head_dim, -1), key.view(kv_heads, head_dim, -1)
 
-    heads = config.num_attention_heads
-    queries = torch.cat([query.view(heads, head_dim, -1), rotary_queries(query, components)], dim=1)  # [H, N + P, D]
-    # DeepSeek's scale is (N + P)^-1/2, the original's d^-1/2.
-    queries *= attention.scaling * (head_dim + rope_dim) ** 0.5
+    # What `query` lacks to be the query that meets the keys. DeepSeek's scale is (N + P)^-1/2, the original's d^-1/2.
+    gain = query.new_full((heads, head_dim, 1), attention.scaling * (head_dim + rope_dim) ** 0.5)
+    if FAMILIES[attention.config.model_type].qk_norm:
+        key_mean = mean_inverse_rms(key, inputs, attention.k_norm.variance_epsilon).view(-1, 1, 1)
+        key = key * key_mean * attention.k_norm.weight.to(inputs).unsqueeze(1)
+        gain *= attention.q_norm.weight.to(inputs).unsqueeze(1)
+        if config.num_key_norms:
+            gain /= key_mean.repeat_interleave(heads // kv_heads, dim=0)
+        else:
+            gain *= mean_inverse_rms(query, inputs, attention.q_norm.variance_epsilon).view(-1, 1, 1)
+    key, met_query = key.flatten(0, 1), query * gain
+
+    # A key's bias is turned by RoPE like the rest of it, so it counts as energy. The mean of x is not known: the two are added
+    # as if uncorrelated.
+    extended = torch.block_diag(inputs, torch.eye(key.shape[1] - hidden).to(inputs))
+    components = principal_components(key, extended, kv_heads, rope_dim)
+    rotary_key, rest = split_keys(key, components)
+    factors = factorize(torch.cat([rest, value])[:, :hidden], inputs, [moment.keys, moment.values], rank)
     up = factors.up.view(2, kv_heads, 1, head_dim, rank).expand(-1, -1, heads // kv_heads, -1, -1)
-    up = up.reshape(2, heads, head_dim, rank).transpose(0, 1)  # [H, 2, d, R]: each query head gets its group's key and value
-    mla = MLAAttention(config, attention.layer_idx).to(attention.q_proj.weight.device, attention.q_proj.weight.dtype)
+    key_up, value_up = up.reshape(2, heads, head_dim, rank)  # each query head gets its group's
+
+    rotary_query = rotary_queries(met_query.flatten(0, 1), components)
+    if config.num_key_norms:
+        key_up = gain * key_up
+    else:
+        query = met_query
+    queries = torch.cat([query, rotary_query], dim=1).flatten(0, 1)  # [H * (N + P), D or D + 1]
+
+    weight = attention.q_proj.weight
+    mla = MLAAttention(config, attention.layer_idx).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     mla.requires_grad_(False)
-    mla.q_proj.weight.copy_(queries.flatten(0, 1))
-    mla.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.down, rotary_key]))
+    mla.q_proj.weight.copy_(queries[:, :hidden])
+    mla.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.down, rotary_key[:, :hidden]]))
+    mla.kv_a_layernorm.variance_epsilon = IDENTITY_NORM_EPS  # also where the model will have a norm that is fitted
     mla.kv_a_layernorm.weight.fill_(IDENTITY_NORM_WEIGHT)
-    mla.kv_b_proj.weight.copy_(up.flatten(0, 2))
+    mla.kv_b_proj.weight.copy_(torch.cat([key_up, value_up], dim=1).flatten(0, 1))
     mla.o_proj.weight.copy_(attention.o_proj.weight)
-    kept, total = factors.spectrum[:rank].sum(), factors.spectrum.sum()
-    return mla.eval(), float(kept / total) if total > 0 else 1.0
+    if config.num_key_norms:
+        mla.k_proj.weight.copy_(attention.k_proj.weight)
+    if config.attention_bias:
+        mla.q_proj.bias.copy_(queries[:, hidden])
+        mla.kv_a_proj_with_mqa.bias.zero_()
+        mla.kv_a_proj_with_mqa.bias[rank:].copy_(rotary_key[:, hidden])
+        value_bias = value[:, hidden].view(kv_heads, 1, head_dim).expand(-1, heads // kv_heads, -1).flatten()
+        output_bias = attention.o_proj.weight.to(inputs) @ value_bias
+        if attention.o_proj.bias is not None:
+            output_bias += attention.o_proj.bias.to(inputs)
+        mla.o_proj.bias.copy_(output_bias)
+    total = factors.spectrum.sum()
+    return mla.eval(), factors.spectrum / total if total > 0 else torch.zeros_like(factors.spectrum)

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint to MLA in closed form.
+"""Convert a checkpoint to MLA, one layer in memory at a time.
 
-Two passes over calibration text. The first measures moments (`calibrate.py`), from which every layer's weights follow
-(`rotary.py`, `factorize.py`); the second fits the output projections of the converted layers. All other weights are
-copied from the source as they are stored.
+A survey (`calibrate.py`) leaves the gradient moments of all layers, and tries the ways to spend a budget. Then every layer is
+converted in closed form (`closed_form.py`), fitted to the original (`reconstruct.py`) and written to disk, and the hidden states
+of all calibration text are passed through the original layer, to be what the next one gets. All other weights are copied as
+they are stored. No layer's result depends on another's: under `accelerate launch` each process takes every n-th.
 """
 
 import json
 import logging
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +25,17 @@ from tqdm.auto import tqdm
 import hf_mla
 from hf_mla.modeling_mla import MLAAttention
 
-from .calibrate import OutputFit, hooks, measure_moments
+from .calibrate import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
 from .card import model_card
-from .checkpoint import Checkpoint, ShardWriter, check_output, open_checkpoint, output_folder
+from .checkpoint import DTYPES, Checkpoint, ShardWriter, TensorHeader, check_output, load_file, open_checkpoint, save_file
 from .closed_form import convert_attention, mla_config
 from .errors import UserError, brief
 from .families import FAMILIES, refusal
-from .planner import CALIBRATION_WINDOW, DTYPES, PlanReport, choose_size, make_plan, memory_estimate
+from .measures import Comparison
+from .planner import CALIBRATION_WINDOW, CPU_TOKENS, STEP_TOKENS, PerSide, PlanReport, check_memory, make_plan, possible_sizes
+from .progress import source_fingerprint, token_fingerprint, work_on, write_json
+from .reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
+from .streaming import LayerStream, allocate
 from .text import read_text, token_windows
 
 
@@ -48,18 +56,37 @@ CARRIED = [
     "NOTICE*",
     "USE_POLICY*",
 ]
+STEPS = 400
+TOKENS = {"cuda": 1 << 20, "cpu": CPU_TOKENS}
+SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
+FIT_TOKENS = 1 << 16  # for least squares
+HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
+PROBED_LAYERS, PROBE_STEPS = 3, 60
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one layer was converted."""
+    """How well one layer was converted; errors are relative squared ones of the attention output, on held-back text."""
 
     layer: int
     energy_kept: float
     """Share of the gradient-weighted energy of keys and values that the latent keeps."""
     error_closed_form: float
-    """Relative squared error of the attention output on the calibration text."""
     error_reconstructed: float | None = None
+
+    @property
+    def error(self) -> float:
+        """Of the layer as it is stored."""
+        return self.error_closed_form if self.error_reconstructed is None else self.error_reconstructed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to spend a budget, and the mean error of the layers that were tried with it."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    error: float
 
 
 @dataclass(frozen=True)
@@ -67,10 +94,22 @@ class ConvertReport(PlanReport):
     """The result of `convert`; the field names are the JSON keys."""
 
     seconds: float = 0.0
+    """Of this run; what an interrupted one had done before is not counted."""
     calibration_tokens: int = 0
-    weighting: str = ""
-    """"gradient", or "local" where the backward pass did not fit in memory."""
+    window: int = 0
+    """Tokens in a sequence of calibration text."""
+    steps: int = 0
+    candidates: list[Candidate] = field(default_factory=list)
+    """What a budget was tried with; empty where the sizes were given."""
     layers: list[LayerReport] = field(default_factory=list)
+    held_back_tokens: int = 0
+    """Calibration text that nothing was fitted to; what follows is measured on it."""
+    perplexity: PerSide | None = None
+    perplexity_ratio: float | None = None
+    kl: float | None = None
+    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
+    top1_agreement: float | None = None
+    """Share of positions at which both models find the same token likeliest."""
     output: str = ""
 
 
@@ -81,31 +120,36 @@ def convert(
     kv_budget: float | None = None,
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
+    qk_norm: str = "exact",
     calibration: str | None = None,
-    calibration_tokens: int = 65536,
-    steps: int = 0,
+    calibration_tokens: int | None = None,
+    steps: int = STEPS,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
     revision: str | None = None,
+    restart: bool = False,
     overwrite: bool = False,
     push_to: str | None = None,
 ) -> ConvertReport:
-    """Convert a GQA or MHA checkpoint to MLA.
+    """Convert a GQA or MHA checkpoint to MLA. When it was interrupted or killed, the same call goes on where it stopped.
 
     Args:
         source: a checkpoint folder or a Hub id.
         out: the folder to write; it appears when the conversion is complete.
-        kv_budget: share of the original cache to keep, in (0, 1]; or give the two sizes.
+        kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
+        qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
+            means and gives a plain DeepSeek shape.
         calibration: a .txt or .txt.xz file or a data set; None for the bundled English prose.
-        calibration_tokens: how many tokens of it to use.
-        steps: reconstruction steps; only 0, the closed form, is available.
+        calibration_tokens: how many tokens of it to use; None for 1,048,576 on a GPU, 131,072 on the CPU.
+        steps: reconstruction steps per layer, of 4,096 tokens each; 0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
-        seed: chooses the calibration windows.
+        seed: chooses the calibration windows and their order.
         revision: branch, tag or commit of a Hub id.
+        restart: forget what an interrupted conversion to the same folder has done.
         overwrite: replace the output folder.
         push_to: a Hub repository to upload the result to.
 
@@ -116,62 +160,282 @@ def convert(
         UserError: something in the arguments or the source does not allow it.
     """
     started = time.perf_counter()
-    if steps != 0:
-        raise UserError(f"--steps is {steps}; only 0 (the closed form) is available in this version")
+    if steps < 0:
+        raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
+    if qk_norm not in ("exact", "fold"):
+        raise UserError(f"--qk-norm is {qk_norm}; allowed: exact, fold")
     checkpoint = open_checkpoint(source, revision)
     reason = refusal(checkpoint.config)
     if reason is not None:
         raise UserError(f"{source}: {reason}")
-    rank, rope_dim = choose_size(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim)
-    planned = make_plan(checkpoint, rank, rope_dim, dtype)
+    sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
     assert planned.bytes_written is not None and checkpoint.folder is not None
     path = check_output(out, checkpoint.folder, planned.bytes_written, overwrite=overwrite)
     if push_to is not None:
         check_repository(push_to)
     run_device = choose_device(device)
-    windows = calibration_windows(checkpoint, calibration, calibration_tokens, seed)
-    compute = torch.float64 if checkpoint.dtype == "F64" else torch.float32
-    backward = fits_backward(checkpoint, run_device, windows.shape[1])
-    model = load_model(checkpoint, run_device, compute)
-    model.requires_grad_(False)
-    batch = 8 if run_device.type == "cuda" else 1
-    moments = measure_moments(model, windows, batch, backward=backward)
-    if not all(torch.isfinite(x).all() for moment in moments for x in (moment.inputs, moment.keys, moment.values)):
-        raise UserError(f"{source} computes numbers that are not finite; its weights are damaged")
-
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
-    config = mla_config(checkpoint.config, rank, rope_dim, stored)
-    config._attn_implementation = model.config._attn_implementation
-    converted, energies = [], []
-    for layer, moment in zip(tqdm(model.model.layers, desc="factorizing", unit="layer"), moments, strict=True):
-        attention, energy = convert_attention(layer.self_attn, moment, config)
-        converted.append(attention)
-        energies.append(energy)
-    errors = fit_outputs(model, converted, windows, batch)
-    layers = [LayerReport(i, *pair) for i, pair in enumerate(zip(energies, errors, strict=True))]
-
-    report = ConvertReport(
-        **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
-        seconds=time.perf_counter() - started,
-        calibration_tokens=windows.numel(),
-        weighting="gradient" if backward else "local",
-        layers=layers,
-        output=str(path),
-    )
+    tokens = TOKENS[run_device.type] if calibration_tokens is None else calibration_tokens
+    windows = calibration_windows(checkpoint, calibration, tokens, seed)
+    check_memory(checkpoint, sizes, windows, run_device)
     recipe = {
         "source": source,
         "revision": revision,
+        "source_sha256": source_fingerprint(checkpoint),
         "calibration": calibration or "bundled English prose",
-        "seed": seed,
+        "calibration_tokens": windows.numel(),
+        "calibration_sha256": token_fingerprint(windows),
+        "sizes": [list(size) for size in sizes],
+        "qk_norm": qk_norm,
         "steps": steps,
         "dtype": dtype,
-        "hf_mla": hf_mla.__version__,
+        "seed": seed,
+        "device": run_device.type,
+        "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
     }
-    with output_folder(path) as folder:
-        write_checkpoint(folder, checkpoint, config, converted, report, recipe)
-    if push_to is not None:
+    processes = launched_processes(run_device)
+    with repeatable(), work_on(path, recipe, processes, restart=restart) as folder:
+        job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
+        candidates = job.prepare(sizes, processes)
+        best = min(candidates, key=lambda candidate: candidate.error)
+        rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
+        stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+        config = job.config(rank, rope_dim, stored)
+        job.convert_layers(config, processes)
+        processes.wait_for_everyone()
+        layers, spectra = job.reports()
+        planned = make_plan(checkpoint, rank, rope_dim, dtype, qk_norm)
+        report = ConvertReport(
+            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
+            **(job.measure(config) if processes.is_main_process else {}),
+            seconds=time.perf_counter() - started,
+            calibration_tokens=windows.numel(),
+            window=windows.shape[1],
+            steps=steps,
+            candidates=candidates if len(candidates) > 1 else [],
+            layers=layers,
+            output=str(path),
+        )
+        if processes.is_main_process:
+            write_checkpoint(folder, checkpoint, config, report, recipe, spectra)
+    if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
+
+
+def transformers_version() -> str:
+    """The version of Transformers, whose layers compute what is fitted to."""
+    import transformers
+
+    return transformers.__version__
+
+
+def launched_processes(device: torch.device) -> Any:
+    """The processes that `accelerate launch` started, this one among them; without it, this one alone."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=device.type == "cpu")
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Make a GPU compute the same numbers every time, so that a resumed conversion ends as an uninterrupted one."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # costs time, and nothing reads it
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        settings.fill_uninitialized_memory = fill
+
+
+class Job:
+    """One conversion: the source, its calibration text, and the folder that keeps what is done.
+
+    Args:
+        checkpoint: the source.
+        folder: where results are kept.
+        windows: calibration token ids [windows, tokens].
+        device: where to compute.
+        steps: reconstruction steps per layer.
+        seed: of the order of windows.
+        qk_norm: "exact" or "fold".
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, windows: Tensor, device: torch.device, steps: int, seed: int, qk_norm: str
+    ) -> None:
+        self.checkpoint, self.folder, self.windows, self.device = checkpoint, folder, windows, device
+        self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
+        self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device), windows.shape[1])
+        self.batch = 8 if device.type == "cuda" else 1
+        count = len(windows)
+        held = min(HELD_BACK, count // 8)
+        self.train = torch.arange(count - held)
+        self.held = torch.arange(count - held, count) if held else self.train
+        self.surveyed = self.train[: max(1, SURVEY_TOKENS // windows.shape[1])]
+
+    def layer_file(self, index: int) -> Path:
+        """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
+        return self.folder / f"layer-{index:04}.safetensors"
+
+    def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
+        """The configuration of the converted model."""
+        config = mla_config(self.checkpoint.config, rank, rope_dim, dtype, self.qk_norm)
+        config._attn_implementation = self.stream.model.config._attn_implementation
+        if self.steps:
+            config.kv_a_layernorm_eps = NORM_EPS
+        return config
+
+    def prepare(self, sizes: list[tuple[int, int]], processes: Any) -> list[Candidate]:
+        """Survey the model, and try the sizes if there are several.
+
+        Args:
+            sizes: rank and rotary width of each.
+            processes: the main one does it, the others wait.
+
+        Returns:
+            The sizes with their errors.
+        """
+        chosen = self.folder / "sizes.json"
+        if processes.is_main_process and not chosen.exists():
+            survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)
+            errors = self.try_sizes(sizes) if len(sizes) > 1 else [0.0]
+            write_json([asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)], chosen)
+            for inputs in self.folder.glob("inputs-*"):
+                inputs.unlink()
+        processes.wait_for_everyone()
+        return [Candidate(**entry) for entry in json.loads(chosen.read_text(encoding="utf-8"))]
+
+    def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
+        """Mean error of a few layers at each size, on surveyed text that they were not fitted to."""
+        count = len(self.surveyed)
+        held = self.surveyed[count - count // 4 :] if count >= 4 else self.surveyed
+        train = self.surveyed[: count - count // 4]
+        total = len(self.stream)
+        probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
+        errors = [0.0 for _ in sizes]
+        progress = tqdm(total=len(sizes) * len(probed), desc="trying sizes", unit="layer")
+        for index in probed:
+            states = layer_inputs(self.folder, index)
+            with self.stream.layer(index) as layer:
+                for number, (rank, rope_dim) in enumerate(sizes):
+                    config = self.config(rank, rope_dim, "float32")
+                    steps = min(self.steps, PROBE_STEPS)
+                    _, closed, reconstructed, _ = self.convert_layer(index, layer, states, config, train, held, steps)
+                    errors[number] += (closed if reconstructed is None else reconstructed) / len(probed)
+                    progress.update()
+        progress.close()
+        return errors
+
+    def convert_layers(self, config: Any, processes: Any) -> None:
+        """Convert this process's share of the layers that are not done yet."""
+        done = [self.layer_file(index).exists() for index in range(len(self.stream))]
+        if all(done):
+            return
+        states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
+        self.stream.embed(self.windows, states)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+        for index in tqdm(range(len(self.stream)), desc="converting", unit="layer"):
+            with self.stream.layer(index) as layer:
+                if not done[index] and index % processes.num_processes == processes.process_index:
+                    mla, closed, reconstructed, spectrum = self.convert_layer(
+                        index, layer, states, config, self.train, self.held, self.steps
+                    )
+                    kept = float(spectrum[: config.kv_lora_rank].sum())
+                    report = LayerReport(index, kept, closed, reconstructed)
+                    metadata = {"report": json.dumps(asdict(report)), "spectrum": json.dumps(rounded(spectrum))}
+                    weights = {}
+                    for name, tensor in mla.state_dict().items():
+                        # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
+                        wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
+                        weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
+                    save_file(weights, self.layer_file(index), metadata)
+                advance(layer, self.stream.calls[index], states, self.batch, self.device)
+                if not torch.isfinite(states[0]).all():
+                    raise UserError(f"{self.checkpoint.name} computes numbers that are not finite in layer {index}; it is damaged")
+
+    def convert_layer(
+        self, index: int, layer: Any, states: Tensor, config: Any, train: Tensor, held: Tensor, steps: int
+    ) -> tuple[MLAAttention, float, float | None, Tensor]:
+        """Convert one layer.
+
+        Args:
+            index: which.
+            layer: the original, with its weights.
+            states: hidden states that enter it [windows, tokens, D].
+            config: of the converted model.
+            train: windows to fit to.
+            held: windows to measure errors on.
+            steps: of reconstruction.
+
+        Returns:
+            The converted attention, its error in closed form and after reconstruction, and its spectrum.
+        """
+        rotary = type(self.stream.rotary)(config=config).to(self.device)
+        call = self.stream.calls[index]
+        position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
+        task = LayerTask(layer, call, states, position_embeddings, self.device)
+        window = states.shape[1]
+        fit = train[: max(1, FIT_TOKENS // window)].split(self.batch)
+        moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
+        for part in fit:
+            moment += second_moment(task.batch(part)[0]) / (sum(map(len, fit)) * window)
+        mla, spectrum = convert_attention(
+            layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
+        )
+        mla = mla.to(task.wide)
+        task.fit_output(mla, fit)
+        closed = task.error(mla, held.split(self.batch))
+        if not steps:
+            return mla, closed, None, spectrum
+        mla.kv_a_layernorm.variance_epsilon = NORM_EPS
+        nn.init.ones_(mla.kv_a_layernorm.weight)
+        task.fit_output(mla, fit)
+        size = min(max(1, STEP_TOKENS // window), len(train))
+        reconstruct(mla, task, shuffled(train, size, steps, seed=self.seed * len(self.stream) + index))
+        return mla, closed, task.error(mla, held.split(self.batch)), spectrum
+
+    def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
+        """The reports and spectra of all layers, as they were kept."""
+        from safetensors import safe_open
+
+        reports, spectra = [], []
+        for index in range(len(self.stream)):
+            with safe_open(self.layer_file(index), framework="pt") as file:
+                metadata = file.metadata()
+            reports.append(LayerReport(**json.loads(metadata["report"])))
+            spectra.append(json.loads(metadata["spectrum"]))
+        return reports, spectra
+
+    @torch.no_grad()
+    def measure(self, config: Any) -> dict[str, Any]:
+        """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
+        windows = self.windows[self.held[:HELD_BACK]]
+        source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
+        self.stream.embed(windows, source)
+        converted = source.clone()
+        rotary = type(self.stream.rotary)(config=config).to(self.device)
+        for index in tqdm(range(len(self.stream)), desc="measuring", unit="layer"):
+            call = self.stream.calls[index]
+            embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
+            mla = MLAAttention(config, index)
+            mla.load_state_dict(load_file(self.layer_file(index)))
+            with self.stream.layer(index) as layer:
+                advance(layer, call, source, self.batch, self.device)
+                original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
+                try:
+                    advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
+                finally:
+                    layer.self_attn = original
+        total = Comparison()
+        with self.stream.head() as head:
+            for first, second, ids in zip(source, converted, windows, strict=True):
+                total.add(head(first.to(self.device)), head(second.to(self.device)), ids.to(self.device))
+        return {"held_back_tokens": windows.numel(), **total.result()}
 
 
 def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, seed: int) -> Tensor:
@@ -248,102 +512,56 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def fits_backward(checkpoint: Checkpoint, device: torch.device, window: int) -> bool:
-    """Whether the backward pass fits in memory; says so if it does not, and refuses if not even the forward pass does."""
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        available = psutil.virtual_memory().available
-    batch_window = window * (8 if device.type == "cuda" else 1)
-    if memory_estimate(checkpoint, backward=True, window=batch_window) <= available:
-        return True
-    needed = memory_estimate(checkpoint, backward=False, window=batch_window)
-    if needed > available:
-        raise UserError(
-            f"converting {checkpoint.name} takes about {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are free; "
-            "use another --device or machine"
-        )
-    logger.warning(
-        "a backward pass does not fit in memory: keys are weighted by the layer's queries and values by its output "
-        "projection, not by the loss gradient; expect a somewhat higher perplexity"
-    )
-    return False
+def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """What the source is computed in: its own type on a GPU if that is bfloat16, float64 if it is stored so, else float32."""
+    if checkpoint.dtype == "F64":
+        return torch.float64
+    return torch.bfloat16 if checkpoint.dtype == "BF16" and device.type == "cuda" else torch.float32
 
 
-@torch.no_grad()
-def fit_outputs(model: Any, converted: list[MLAAttention], windows: Tensor, batch: int) -> list[float]:
-    """Fit each converted layer's `o_proj` to the original layer, on the original model's inputs.
-
-    Args:
-        model: the original model.
-        converted: its converted layers; their `o_proj` is changed in place.
-        windows: token ids [windows, tokens].
-        batch: windows per pass.
-
-    Returns:
-        The relative squared error of each layer's attention output after the fit.
-    """
-    rotary = type(model.model.rotary_emb)(converted[0].config).to(model.device)
-    fits = [OutputFit(mla.o_proj.weight) for mla in converted]
-    captured: dict[int, Tensor] = {}
-
-    def watch_heads(_module: nn.Module, args: tuple, layer: int) -> None:
-        captured[layer] = args[0]
-
-    def watch_original(_module: nn.Module, args: tuple, kwargs: dict, output: tuple, layer: int) -> None:
-        inputs = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        positions = torch.arange(inputs.shape[1], device=inputs.device).unsqueeze(0)
-        converted[layer](inputs, rotary(inputs, positions), kwargs.get("attention_mask"))
-        fits[layer].add(captured.pop(layer), output[0])
-
-    handles = []
-    for layer, (original, mla) in enumerate(zip(model.model.layers, converted, strict=True)):
-        handles.append(mla.o_proj.register_forward_pre_hook(lambda m, a, i=layer: watch_heads(m, a, i)))
-        handles.append(
-            original.self_attn.register_forward_hook(lambda m, a, k, o, i=layer: watch_original(m, a, k, o, i), with_kwargs=True)
-        )
-    with hooks(handles):
-        for ids in tqdm(windows.split(batch), desc="fitting outputs", unit="batch"):
-            model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
-    errors = []
-    for fit, mla in zip(fits, converted, strict=True):
-        weight, error = fit.solve()
-        mla.o_proj.weight.copy_(weight)
-        errors.append(error)
-    return errors
+def rounded(spectrum: Tensor) -> list[float]:
+    """A spectrum as short numbers."""
+    return [float(f"{value:.3g}") for value in spectrum.tolist()]
 
 
 def write_checkpoint(
-    folder: Path, source: Checkpoint, config: Any, converted: list[MLAAttention], report: ConvertReport, recipe: dict
+    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
 ) -> None:
-    """Write weights, configuration, code, tokenizer, card and report of a converted model into `folder`."""
+    """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
     assert source.folder is not None
+    folder = work / "output"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+    wanted = None if recipe["dtype"] == "auto" else dtype
     prefix = FAMILIES[source.config.model_type].attention
-    attention = tuple(prefix.format(layer=layer) for layer in range(len(converted)))
-    writer = ShardWriter(folder)
-    for name, tensor in source.read():
-        if not name.startswith(attention):
-            writer.add(name, tensor if recipe["dtype"] == "auto" else tensor.to(dtype))
-    for place, mla in zip(attention, converted, strict=True):
-        for name, tensor in mla.state_dict().items():
-            # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
-            wide = dtype == torch.float16 and name.startswith("kv_a_layernorm")
-            writer.add(place + name, tensor.to(torch.float32 if wide else dtype))
-    writer.finish()
+    attention = tuple(prefix.format(layer=layer) for layer in range(config.num_hidden_layers))
+    tensors = {
+        name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[recipe["dtype"]])
+        for name, tensor in source.tensors.items()
+        if not name.startswith(attention)
+    }
+    converted: dict[str, Path] = {}
+    for layer, place in enumerate(attention):
+        file = work / f"layer-{layer:04}.safetensors"
+        for name, tensor in load_file(file).items():
+            tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
+            converted[place + name] = file
 
+    def read(name: str) -> Tensor:
+        if name in converted:
+            return load_file(converted[name])[name.removeprefix(name[: name.index("self_attn.")] + "self_attn.")]
+        return source.load([name], "cpu", wanted)[name]
+
+    ShardWriter(folder, tensors).write(read)
     for pattern in CARRIED:
         for carried in source.folder.glob(pattern):
             shutil.copy(carried, folder / carried.name)
     package = Path(hf_mla.__file__).parent
-    for file in REMOTE_FILES:
-        shutil.copy(package / file, folder / file)
+    for file_name in REMOTE_FILES:
+        shutil.copy(package / file_name, folder / file_name)
     config.save_pretrained(folder)
-    (folder / "conversion.json").write_text(
-        json.dumps({"recipe": recipe, "report": asdict(report)}, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json({"recipe": recipe, "report": asdict(report), "spectra": spectra}, folder / "conversion.json")
     (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
 
 

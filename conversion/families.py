@@ -8,6 +8,8 @@ once, with the reason: see `refusal`.
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import UserError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -19,12 +21,57 @@ class Family:
     """Prefix of the class names in `hf_mla`: Config, Model and ForCausalLM are appended."""
     attention: str = "model.layers.{layer}.self_attn."
     """Where the attention tensors of a layer live."""
+    biases: tuple[str, ...] = ()
+    """Projections (of q, k, v, o) that always have a bias."""
+    bias_option: bool = False
+    """Whether `attention_bias` in the configuration gives all four projections a bias."""
+    qk_norm: bool = False
+    """Whether each head's query and key pass an RMSNorm (`q_norm`, `k_norm`) before RoPE."""
 
 
-FAMILIES = {family.model_type: family for family in (Family("llama", mla="LlamaMLA"),)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", mla="LlamaMLA", bias_option=True),
+        Family("mistral", mla="MistralMLA"),
+        Family("qwen2", mla="Qwen2MLA", biases=("q", "k", "v")),
+        Family("qwen3", mla="Qwen3MLA", bias_option=True, qk_norm=True),
+    )
+}
+
+QK_NORM_VARIANTS = ("exact", "fold")
 
 # The frequencies of these are a function of base^(-2i/P) alone, so a narrower RoPE computes the first of every fold group.
 ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def source_head_dim(config: Any) -> int:
+    """Width of a head of a source; not every family has it in its configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def biased_projections(config: Any) -> tuple[str, ...]:
+    """Which of the projections q, k, v, o of a source have a bias."""
+    family = FAMILIES[config.model_type]
+    return ("q", "k", "v", "o") if family.bias_option and config.attention_bias else family.biases
+
+
+def key_norms(config: Any, qk_norm: str) -> int:
+    """How many numbers per token the converted model caches beside latent and rotary key.
+
+    Args:
+        config: the source's configuration.
+        qk_norm: "exact" or "fold".
+
+    Returns:
+        One for each key/value head where QK-norm is kept exactly, else 0.
+
+    Raises:
+        UserError: there is no such variant.
+    """
+    if qk_norm not in QK_NORM_VARIANTS:
+        raise UserError(f"--qk-norm is {qk_norm}; allowed: {', '.join(QK_NORM_VARIANTS)}")
+    return config.num_key_value_heads if FAMILIES[config.model_type].qk_norm and qk_norm == "exact" else 0
 
 
 def refusal(config: Any) -> str | None:
@@ -35,9 +82,9 @@ def refusal(config: Any) -> str | None:
         return f"model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
     if getattr(config, "quantization_config", None):
         return "the checkpoint is quantized; convert the unquantized one and quantize the result"
-    if config.attention_bias:
-        return "attention_bias is true; only attention without biases is supported"
-    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"):
+    if FAMILIES[config.model_type].qk_norm and biased_projections(config):
+        return "attention_bias is true; with QK-norm a key's bias is scaled from token to token, which the format has no place for"
+    for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         if getattr(config, name) < 1:
             return f"{name} is {getattr(config, name)}; it must be positive"
     if config.max_position_embeddings < 2:
@@ -45,6 +92,7 @@ def refusal(config: Any) -> str | None:
     rope_type = config.rope_parameters["rope_type"]
     if rope_type not in ROPE_TYPES:
         return f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-    if config.head_dim % 2:
-        return f"head_dim is {config.head_dim}; it must be even"
+    width = source_head_dim(config)
+    if width < 1 or width % 2:
+        return f"head_dim is {width}; it must be positive and even"
     return None

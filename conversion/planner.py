@@ -5,14 +5,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import ITEMSIZE, Checkpoint, open_checkpoint
+from .checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from .errors import UserError
-from .families import FAMILIES, refusal
+from .families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
 
 
 DEFAULT_KV_BUDGET = 0.3125
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 CALIBRATION_WINDOW = 1024
+CPU_TOKENS = 1 << 17  # of calibration text on the CPU, unless given
+STEP_TOKENS = 4096  # of reconstruction
+LIBRARIES = 600_000_000  # bytes that Python, torch and Transformers take
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def plan(
     kv_budget: float | None = None,
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
+    qk_norm: str = "exact",
     dtype: str = "auto",
     revision: str | None = None,
 ) -> PlanReport:
@@ -54,9 +57,11 @@ def plan(
 
     Args:
         source: a checkpoint folder or a Hub id.
-        kv_budget: share of the original cache to keep, in (0, 1]; or give the two sizes.
+        kv_budget: share of the original cache to keep, in (0, 1], split by a rule here, by measurement in `convert`; or give
+            the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
+        qk_norm: "exact" or "fold", for models with QK-norm; see `convert`.
         dtype: type of the output's numbers; "auto" keeps the source's.
         revision: branch, tag or commit of a Hub id.
 
@@ -70,31 +75,36 @@ def plan(
     reason = refusal(checkpoint.config)
     if reason is not None:
         return PlanReport(checkpoint.config.model_type, supported=False, reason=reason)
-    rank, rope_dim = choose_size(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim)
-    return make_plan(checkpoint, rank, rope_dim, dtype)
+    sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    return make_plan(checkpoint, *sizes[0], dtype, qk_norm)
 
 
-def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, dtype: str) -> PlanReport:
+def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, dtype: str, qk_norm: str = "exact") -> PlanReport:
     """The plan for a checked checkpoint and settled sizes; see `plan`."""
     config = checkpoint.config
     check_attention_shapes(checkpoint)
-    source_floats = 2 * config.num_key_value_heads * config.head_dim
-    converted_floats = kv_lora_rank + qk_rope_head_dim
+    heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
+    norms = key_norms(config, qk_norm)
+    source_floats = 2 * config.num_key_value_heads * head_dim
+    converted_floats = kv_lora_rank + qk_rope_head_dim + norms
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     itemsize = source_itemsize if dtype == "auto" else ITEMSIZE[DTYPES[dtype]]
+    width = max(4, source_itemsize)  # of what is computed with, on the CPU
     written = 0
     for name, tensor in checkpoint.tensors.items():
         replaced = ".self_attn." in name
         if not replaced:
             written += tensor.parameters * (ITEMSIZE[tensor.dtype] if dtype == "auto" else itemsize)
-    heads, head_dim, hidden = config.num_attention_heads, config.head_dim, config.hidden_size
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
-        + converted_floats * hidden  # kv_a_proj_with_mqa
+        + (kv_lora_rank + qk_rope_head_dim) * hidden  # kv_a_proj_with_mqa
         + kv_lora_rank  # kv_a_layernorm
         + heads * 2 * head_dim * kv_lora_rank  # kv_b_proj
         + heads * head_dim * hidden  # o_proj
+        + norms * head_dim * hidden  # k_proj
     )
+    if biased_projections(config):
+        attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden
     return PlanReport(
         model_type=config.model_type,
         supported=True,
@@ -108,7 +118,9 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
             config.num_hidden_layers * converted_floats * itemsize,
         ),
         kv_ratio=converted_floats / source_floats,
-        peak_memory_bytes=memory_estimate(checkpoint, backward=True),
+        peak_memory_bytes=memory_estimate(
+            checkpoint, (kv_lora_rank, qk_rope_head_dim), CPU_TOKENS // CALIBRATION_WINDOW, CALIBRATION_WINDOW, width=width, batch=1
+        ),
         bytes_read=checkpoint.bytes,
         bytes_written=written + config.num_hidden_layers * attention * itemsize,
     )
@@ -118,18 +130,21 @@ def check_attention_shapes(checkpoint: Checkpoint) -> None:
     """Raise a UserError unless every layer has the attention tensors that the configuration announces."""
     config = checkpoint.config
     prefix = FAMILIES[config.model_type].attention
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    hidden = config.hidden_size
+    head_dim, hidden = source_head_dim(config), config.hidden_size
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     if config.num_attention_heads % config.num_key_value_heads:
         raise UserError(
             f"{checkpoint.name}: {config.num_attention_heads} query heads do not divide among "
             f"{config.num_key_value_heads} key/value heads; config.json is wrong"
         )
-    expected = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    weights = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
+    expected: dict[str, tuple[int, ...]] = {f"{letter}_proj.weight": shape for letter, shape in weights.items()}
+    expected |= {f"{letter}_proj.bias": weights[letter][:1] for letter in biased_projections(config)}
+    if FAMILIES[config.model_type].qk_norm:
+        expected |= {"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
     for layer in range(config.num_hidden_layers):
-        for module, shape in expected.items():
-            name = f"{prefix.format(layer=layer)}{module}.weight"
+        for tail, shape in expected.items():
+            name = prefix.format(layer=layer) + tail
             tensor = checkpoint.tensors.get(name)
             if tensor is None:
                 raise UserError(f"{checkpoint.name} has no tensor {name}; config.json announces {config.num_hidden_layers} layers")
@@ -137,26 +152,30 @@ def check_attention_shapes(checkpoint: Checkpoint) -> None:
                 raise UserError(f"{checkpoint.name}: {name} is {list(tensor.shape)}, config.json announces {list(shape)}")
 
 
-def choose_size(config: Any, kv_budget: float | None, kv_lora_rank: int | None, qk_rope_head_dim: int | None) -> tuple[int, int]:
-    """Settle rank and rotary width, from a budget or as given.
+def possible_sizes(
+    config: Any, kv_budget: float | None, kv_lora_rank: int | None, qk_rope_head_dim: int | None, qk_norm: str = "exact"
+) -> list[tuple[int, int]]:
+    """Rank and rotary width as given, or the ways to split a budget between them.
 
-    A budget is split by rule: the widest rotary key within a third of it and half a head. A narrower key costs much more than
-    the latent gains (bundled model, 60 numbers: perplexity x 1.42 at 44 + 16, x 4.5 at 52 + 8).
+    First comes what a rule says that knows nothing of the weights: the widest rotary key within a third of the budget and half a
+    head. `convert` tries it and its neighbours, from a quarter of its width to four times that.
 
     Args:
         config: the source's configuration.
         kv_budget: share of the cache to keep, or None.
         kv_lora_rank: width of the latent, or None.
         qk_rope_head_dim: width of the rotary key, or None.
+        qk_norm: "exact" or "fold"; exact norms are paid from the budget.
 
     Returns:
-        Rank and rotary width.
+        Pairs of rank and rotary width.
 
     Raises:
         UserError: both or half of the ways are used, or a number is out of range.
     """
-    source = 2 * config.num_key_value_heads * config.head_dim
-    rope_dims = [dim for dim in range(2, config.head_dim + 1, 2) if config.head_dim % dim == 0]
+    head_dim = source_head_dim(config)
+    source = 2 * config.num_key_value_heads * head_dim
+    rope_dims = [dim for dim in range(2, head_dim + 1, 2) if head_dim % dim == 0]
     allowed = ", ".join(map(str, rope_dims))
     if (kv_lora_rank is None) != (qk_rope_head_dim is None):
         raise UserError("--kv-lora-rank and --qk-rope-head-dim go together; give both, or --kv-budget")
@@ -164,42 +183,85 @@ def choose_size(config: Any, kv_budget: float | None, kv_lora_rank: int | None, 
         if kv_budget is not None:
             raise UserError("--kv-budget and --kv-lora-rank exclude each other; give one of them")
         if qk_rope_head_dim not in rope_dims:
-            raise UserError(
-                f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of head_dim {config.head_dim})"
-            )
+            raise UserError(f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of head_dim {head_dim})")
         most = min(source - qk_rope_head_dim, config.hidden_size)
         if not 1 <= kv_lora_rank <= most:
             raise UserError(
                 f"--kv-lora-rank is {kv_lora_rank}; allowed: 1 to {most}, the rank that keys and values have beside "
                 f"--qk-rope-head-dim {qk_rope_head_dim}"
             )
-        return kv_lora_rank, qk_rope_head_dim
+        return [(kv_lora_rank, qk_rope_head_dim)]
     budget = DEFAULT_KV_BUDGET if kv_budget is None else kv_budget
-    floats = math.floor(budget * source) if 0 < budget <= 1 else 0
-    fitting = [dim for dim in rope_dims if 3 * dim <= floats and 2 * dim <= config.head_dim]
+    norms = key_norms(config, qk_norm)
+    floats = math.floor(budget * source) - norms if 0 < budget <= 1 else 0
+    fitting = [dim for dim in rope_dims if 3 * dim <= floats and 2 * dim <= head_dim]
     if not fitting:
-        raise UserError(
-            f"--kv-budget is {budget}; allowed: {min(1.0, 6 / source):.3g} to 1 (this cache has {source} numbers a layer)"
-        )
-    return min(floats - fitting[-1], config.hidden_size), fitting[-1]
+        least = min(1.0, (6 + norms) / source)
+        raise UserError(f"--kv-budget is {budget}; allowed: {least:.3g} to 1 (this cache has {source} numbers a layer)")
+    rule = fitting[-1]
+    near = [dim for dim in rope_dims if rule <= 4 * dim <= 16 * rule and 3 * dim <= 2 * floats and dim != rule]
+    return [(min(floats - dim, config.hidden_size), dim) for dim in (rule, *near)]
 
 
-def memory_estimate(checkpoint: Checkpoint, *, backward: bool, window: int = CALIBRATION_WINDOW) -> int:
-    """Bytes that calibrating takes: float32 weights, statistics, and the activations of one window.
+def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], windows: int, window: int, *, width: int, batch: int) -> int:
+    """Bytes of memory that a conversion takes at its peak, besides hidden states that do not fit (these go to disk).
 
     Args:
         checkpoint: the source.
-        backward: with the activations of all layers, kept for the backward pass; else of one layer.
-        window: tokens per sequence.
+        size: rank and rotary width.
+        windows: of calibration text.
+        window: tokens in each.
+        width: bytes of a number that is computed with.
+        batch: windows per pass without gradients.
 
     Returns:
-        Bytes.
+        Bytes, the libraries' own included.
     """
     config = checkpoint.config
-    width = max(4, ITEMSIZE[checkpoint.dtype])
-    queries = config.num_attention_heads * config.head_dim
-    keys = 2 * config.num_key_value_heads * config.head_dim
-    per_layer = 8 * config.hidden_size + 4 * queries + 2 * keys + 4 * config.intermediate_size
-    activations = window * (per_layer * (config.num_hidden_layers if backward else 2) + 4 * config.vocab_size)
-    statistics = config.num_hidden_layers * (config.hidden_size**2 + keys**2 + queries * (queries + config.hidden_size))
-    return width * (checkpoint.parameters + activations) + 8 * statistics
+    heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
+    queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
+    rank, rope_dim = size
+    prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix("self_attn.")
+    layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
+    table = config.vocab_size * hidden  # embedding or head
+    mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
+    states = windows * window * hidden
+    token = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size  # activations of a layer, with gradients
+    converted_token = 6 * hidden + heads * (8 * (head_dim + rope_dim) + 8 * head_dim) + 4 * rank
+    training = 4 * 5 * mla + 4 * STEP_TOKENS * (converted_token + 4 * hidden)  # weights, gradient, momentum, and work space
+    closed_form = 8 * (6 * keys_values**2 + 3 * hidden**2 + 4 * queries**2 + 3 * (queries + keys_values) * hidden + 2 * mla)
+    head = table * width + batch * window * (config.vocab_size * (width + 16) + 4 * hidden)
+    stages = (
+        head,
+        layer * width + batch * window * token * width,
+        layer * width + max(training, closed_form),
+    )
+    return LIBRARIES + states * width + max(stages)
+
+
+def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], windows: Any, device: Any) -> None:
+    """Raise a UserError if a conversion's peak does not fit in what is free.
+
+    Args:
+        checkpoint: the source.
+        sizes: rank and rotary width, all that will be tried.
+        windows: calibration token ids [windows, tokens].
+        device: where to compute.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    import psutil
+    import torch
+
+    count, window = windows.shape
+    cuda = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
+    width = {"F64": 8, "BF16": 2 if cuda else 4}.get(checkpoint.dtype, 4)
+    # Hidden states that do not fit go elsewhere.
+    needed = max(memory_estimate(checkpoint, size, 0, window, width=width, batch=8 if cuda else 1) for size in sizes)
+    if needed > available + LIBRARIES:
+        raise UserError(
+            f"converting {checkpoint.name} takes about {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are free; "
+            "use another --device or machine"
+        )

@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a converted model against its source: perplexity, divergence, agreement, cache bytes, and the two attention paths."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_mla import cache_bytes
 
+from .card import HEALING_RATIO
 from .checkpoint import Checkpoint, open_checkpoint
 from .converter import check_vocabulary, choose_device, load_model, load_tokenizer
 from .errors import UserError
 from .families import refusal
+from .measures import Comparison
 from .planner import PerSide
 from .text import read_text, token_windows
 
 
 VERIFICATION_WINDOW = 1024
 DECODED_TOKENS = 16
-HEALING_RATIO = 1.05
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,16 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
 @torch.no_grad()
 def compare(source: Any, converted: Any, windows: Tensor, max_ratio: float | None) -> VerifyReport:
     """Measure two models on token windows [windows, tokens]; see `verify`."""
-    sums = torch.zeros(4, dtype=torch.float64)  # loss of the source, loss of the converted, KL, agreements
+    total = Comparison()
     for ids in tqdm(windows, desc="verifying", unit="window"):
         ids = ids.unsqueeze(0).to(source.device)
-        logits = [model(input_ids=ids, use_cache=False).logits[0, :-1].float() for model in (source, converted)]
-        first, second = (x.log_softmax(-1) for x in logits)  # [T - 1, vocabulary]
-        losses = [nn.functional.nll_loss(x, ids[0, 1:], reduction="sum") for x in (first, second)]
-        kl = (first.exp() * (first - second)).sum()
-        agreements = (first.argmax(-1) == second.argmax(-1)).sum()
-        sums += torch.stack([*losses, kl, agreements]).double().cpu()
-    predictions = windows.shape[0] * (windows.shape[1] - 1)
-    loss_source, loss_converted, kl_mean, agreement = (sums / predictions).tolist()
-    for name, loss in (("source", loss_source), ("converted", loss_converted)):
-        if not math.isfinite(loss):
-            raise UserError(f"the {name} model computes numbers that are not finite; its weights are damaged")
-    ratio = math.exp(min(loss_converted - loss_source, 700.0))
+        first, second = (model(input_ids=ids, use_cache=False).logits[0] for model in (source, converted))
+        total.add(first, second, ids[0])
+    measures = total.result()
+    ratio = measures["perplexity_ratio"]
     prompt = windows[:1].to(source.device)
     return VerifyReport(
-        perplexity=PerSide(math.exp(loss_source), math.exp(min(loss_converted, 700.0))),
-        perplexity_ratio=ratio,
-        kl=kl_mean,
-        top1_agreement=agreement,
+        **measures,
         tokens=windows.numel(),
         kv_bytes_per_token=PerSide(measured_bytes(source, prompt), measured_bytes(converted, prompt)),
         absorbed_vs_expanded_max_error=decoding_error(converted, prompt),

@@ -9,8 +9,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
 from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes
-from .configuration_mla import LlamaMLAConfig, __version__
-from .modeling_mla import LlamaMLAForCausalLM, LlamaMLAModel, LlamaMLAPreTrainedModel, MLAAttention
+from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__
+from .modeling_mla import (
+    LlamaMLAForCausalLM,
+    LlamaMLAModel,
+    LlamaMLAPreTrainedModel,
+    MistralMLAForCausalLM,
+    MistralMLAModel,
+    MistralMLAPreTrainedModel,
+    MLAAttention,
+    Qwen2MLAForCausalLM,
+    Qwen2MLAModel,
+    Qwen2MLAPreTrainedModel,
+    Qwen3MLAForCausalLM,
+    Qwen3MLAModel,
+    Qwen3MLAPreTrainedModel,
+)
 
 
 __all__ = [
@@ -21,11 +35,28 @@ __all__ = [
     "LlamaMLAPreTrainedModel",
     "MLAAttention",
     "MLACache",
+    "MistralMLAConfig",
+    "MistralMLAForCausalLM",
+    "MistralMLAModel",
+    "MistralMLAPreTrainedModel",
+    "Qwen2MLAConfig",
+    "Qwen2MLAForCausalLM",
+    "Qwen2MLAModel",
+    "Qwen2MLAPreTrainedModel",
+    "Qwen3MLAConfig",
+    "Qwen3MLAForCausalLM",
+    "Qwen3MLAModel",
+    "Qwen3MLAPreTrainedModel",
     "__version__",
     "cache_bytes",
 ]
 
-for _config, _model, _causal_lm in ((LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM),):
+for _config, _model, _causal_lm in (
+    (LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM),
+    (MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM),
+    (Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM),
+    (Qwen3MLAConfig, Qwen3MLAModel, Qwen3MLAForCausalLM),
+):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoModel.register(_config, _model, exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)

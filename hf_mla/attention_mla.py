@@ -13,6 +13,7 @@ Notation, here and in `modeling_mla.py`:
 
     B batch    T new tokens    S tokens attended to (cached and new)    H heads
     R kv_lora_rank    P qk_rope_head_dim    N qk_nope_head_dim    V v_head_dim
+    g num_key_norms, where QK-norm is kept exactly
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
@@ -78,6 +79,7 @@ def absorbed_attention(
     kv_b_weight: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
+    key_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of T new tokens over S packed latents; no key or value of a cached token is ever formed.
 
@@ -88,6 +90,7 @@ def absorbed_attention(
         kv_b_weight: [H * (N + V), R], the effective weight of `kv_b_proj`.
         attention_mask: None to attend to all S tokens; bool (true attends) or additive, broadcastable to [B, 1, T, S].
         scaling: factor on the scores.
+        key_scale: [B, g, S], what the keys of each of g equal groups of neighbouring heads are multiplied by, or None.
 
     Returns:
         The output [B, T, H, V] and the attention weights [B, H, T, S].
@@ -102,7 +105,10 @@ def absorbed_attention(
     query = torch.cat([query, query_rope], dim=-1).view(batch, heads * tokens, rank + rope_dim) * scaling
 
     latent = latent.squeeze(1)  # [B, S, R + P]
-    scores = (query @ latent.transpose(1, 2)).view(batch, heads, tokens, -1)  # [B, H, T, S]
+    scores = query @ latent.transpose(1, 2)  # [B, H * T, S]
+    if key_scale is not None:
+        scores = scores.unflatten(1, (key_scale.shape[1], -1)) * key_scale.unsqueeze(2)  # [B, g, H / g * T, S]
+    scores = scores.view(batch, heads, tokens, -1)  # [B, H, T, S]
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compressed cache: one packed latent per token and layer.
 
-* A layer's `keys` are [B, 1, S, R + P], the latent c_kv of R numbers followed by the rotary key of P numbers; its `values`
-  are [B, 1, S, 0]. Nothing else is stored. Everything in Transformers that handles caches (beams, cropping, offloading,
-  saving) sees two ordinary tensors, so its own `DynamicCache` and `StaticCache` work as well.
+* A layer's `keys` are [B, 1, S, R + P], the latent c_kv of R numbers followed by the rotary key of P numbers (and by g key
+  norms where QK-norm is kept exactly); its `values` are [B, 1, S, 0]. Nothing else is stored. Everything in Transformers
+  that handles caches (beams, cropping, offloading, saving) sees two ordinary tensors, so its own `DynamicCache` and
+  `StaticCache` work as well.
 * `LatentDynamicLayer` appends in place into a buffer that grows by a quarter, where Transformers' own dynamic layer
   copies the whole cache at every step. The buffer never exceeds `max_length` where that is known (`generate` knows it),
   so a generation that runs to its end holds exactly S * (R + P) numbers per layer.
-* The static layer of Transformers is used as it is: it takes its shapes from the first tensors it sees.
+* The static and sliding-window layers of Transformers are used as they are: they take their shapes from the first tensors
+  they see.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
@@ -16,7 +18,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 class LatentDynamicLayer(DynamicLayer):
@@ -111,11 +113,9 @@ class MLACache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False) -> None:
-        if max_cache_len is None:
-            layers: list[Any] = [LatentDynamicLayer() for _ in range(config.num_hidden_layers)]
-        else:
-            layers = [StaticLayer(max_cache_len) for _ in range(config.num_hidden_layers)]
-        super().__init__(layers=layers, offloading=offloading)
+        like = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len)
+        use_latent_layers(like, None)
+        super().__init__(layers=like.layers, offloading=offloading)
 
 
 def use_latent_layers(cache: DynamicCache | StaticCache, max_length: int | None) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of models whose attention is Multi-head Latent Attention (MLA).
 
-* One class per family, a thin subclass of the family's own configuration: it adds DeepSeek's dimensions and nothing else.
+* One class per family, a thin subclass of the family's own configuration: `MLAConfigMixin` adds DeepSeek's dimensions, and
+  nothing else changes.
 * `head_dim` always equals `qk_rope_head_dim`, as in DeepSeek: the library's rotary embeddings read it, so every rope type
   (default, linear, llama3, ...) works on the narrower rotary key without code of ours.
 * `auto_map` is part of the configuration, so whatever is saved loads again as remote code, with every head.
@@ -9,10 +10,11 @@
 This file travels with every checkpoint: it imports only transformers and the huggingface_hub that it stands on.
 """
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from transformers.utils import logging
 
 
@@ -20,13 +22,15 @@ __version__ = "0.1.0"
 
 logger = logging.get_logger(__name__)
 
-# Matches the shapes of `MLAAttention`; the key/value down-projection is shared by all heads, so it is never split.
-MLA_ATTENTION_TP_PLAN = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-    "layers.*.self_attn.kv_b_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-}
+
+def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
+    """A family's tensor-parallel plan with the attention replaced; the down-projection is shared by all heads, so never split."""
+    return {key: value for key, value in plan.items() if ".self_attn." not in key} | {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        "layers.*.self_attn.kv_b_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
 
 
 def auto_map(family: str) -> dict[str, str]:
@@ -35,9 +39,9 @@ def auto_map(family: str) -> dict[str, str]:
     return {auto_class: f"modeling_mla.{family}{suffix}" for auto_class, suffix in classes.items()}
 
 
-@strict
-class LlamaMLAConfig(LlamaConfig):
-    """A Llama with Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+@dataclass(kw_only=True)
+class MLAConfigMixin:
+    """What Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1) adds to the configuration of a family.
 
     Args:
         kv_lora_rank: width of the cached latent of one token.
@@ -47,14 +51,14 @@ class LlamaMLAConfig(LlamaConfig):
         v_head_dim: width of a head's value.
         kv_a_layernorm_eps: epsilon of the RMSNorm on the latent. A model converted in closed form carries 2**40, together
             with norm weights of 2**20: the norm is then the identity, exact in float32 and bfloat16.
+        attention_bias: whether `q_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases; `kv_b_proj` never has one.
+        num_key_norms: how many numbers are cached beside the latent so that QK-norm stays exact: 0, or the number of
+            key/value heads of the original. Only families with QK-norm take another value than 0.
         hf_mla_version: the version of hf_mla that wrote the checkpoint.
     """
 
-    model_type = "llama_mla"
-    base_model_tp_plan: ClassVar = {
-        **{key: plan for key, plan in LlamaConfig.base_model_tp_plan.items() if "self_attn" not in key},
-        **MLA_ATTENTION_TP_PLAN,
-    }
+    has_qk_norm: ClassVar[bool] = False
+    base_model_tp_plan: ClassVar[dict[str, str] | None]
 
     kv_lora_rank: int = 512
     q_lora_rank: int | None = None
@@ -62,36 +66,75 @@ class LlamaMLAConfig(LlamaConfig):
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
     kv_a_layernorm_eps: float = 1e-6
+    attention_bias: bool = False
+    num_key_norms: int = 0
     hf_mla_version: str = __version__
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self: Any, **kwargs: Any) -> None:
         check_mla_dimensions(self)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         self.head_dim = self.qk_rope_head_dim
         # The expanded keys and values have one head per query head.
         self.num_key_value_heads = self.num_attention_heads
-        kwargs.setdefault("auto_map", auto_map("LlamaMLA"))
-        super().__post_init__(**kwargs)
+        if self.num_key_norms:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.self_attn.k_proj": "colwise"}
+        kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
+        super().__post_init__(**kwargs)  # type: ignore[misc]
 
     @property
     def kv_floats_per_token_per_layer(self) -> int:
-        """Numbers that one layer caches for one token: the latent and the rotary key."""
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        """Numbers that one layer caches for one token: the latent, the rotary key and the key norms."""
+        return self.kv_lora_rank + self.qk_rope_head_dim + self.num_key_norms
 
-    def kv_bytes_per_token(self, itemsize: int = 2) -> int:
+    def kv_bytes_per_token(self: Any, itemsize: int = 2) -> int:
         """Bytes that the whole model caches for one token; `itemsize` is the width of a number in bytes."""
         return self.num_hidden_layers * self.kv_floats_per_token_per_layer * itemsize
 
 
-def check_mla_dimensions(config: LlamaMLAConfig) -> None:
+@strict
+class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
+    """A Llama with Multi-head Latent Attention; see `MLAConfigMixin`."""
+
+    model_type = "llama_mla"
+    base_model_tp_plan: ClassVar = mla_tp_plan(LlamaConfig.base_model_tp_plan)
+
+
+@strict
+class MistralMLAConfig(MLAConfigMixin, MistralConfig):
+    """A Mistral with Multi-head Latent Attention; see `MLAConfigMixin`."""
+
+    model_type = "mistral_mla"
+    base_model_tp_plan: ClassVar = mla_tp_plan(MistralConfig.base_model_tp_plan)
+
+
+@strict
+class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
+    """A Qwen2 with Multi-head Latent Attention; see `MLAConfigMixin`. Biases are the rule here."""
+
+    model_type = "qwen2_mla"
+    base_model_tp_plan: ClassVar = mla_tp_plan(Qwen2Config.base_model_tp_plan)
+
+    attention_bias: bool = True
+
+
+@strict
+class Qwen3MLAConfig(MLAConfigMixin, Qwen3Config):
+    """A Qwen3 with Multi-head Latent Attention; see `MLAConfigMixin`."""
+
+    model_type = "qwen3_mla"
+    base_model_tp_plan: ClassVar = mla_tp_plan(Qwen3Config.base_model_tp_plan)
+    has_qk_norm: ClassVar[bool] = True
+
+
+def check_mla_dimensions(config: PreTrainedConfig) -> None:
     """Refuse dimensions that no MLA model can have.
 
     Args:
         config: the configuration to check.
 
     Raises:
-        ValueError: a dimension is not a positive integer, the rotary width is odd, queries are compressed, or the
-            attention has biases.
+        ValueError: a dimension is not a positive integer, the rotary width is odd, queries are compressed, or there are
+            key norms that the attention cannot have.
     """
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_attention_heads"):
         value = getattr(config, name)
@@ -101,8 +144,13 @@ def check_mla_dimensions(config: LlamaMLAConfig) -> None:
         raise ValueError(f"qk_rope_head_dim is {config.qk_rope_head_dim}; it must be even, rotary dimensions come in pairs.")
     if config.q_lora_rank is not None:
         raise ValueError(f"q_lora_rank is {config.q_lora_rank}; only null is supported (queries are not cached).")
-    if config.attention_bias:
-        raise ValueError("attention_bias is true; only false is supported.")
+    norms, heads = config.num_key_norms, config.num_attention_heads
+    if norms and not config.has_qk_norm:
+        raise ValueError(f"num_key_norms is {norms}; only 0 is possible for {config.model_type}, which has no QK-norm.")
+    if norms < 0 or (norms and heads % norms):
+        raise ValueError(f"num_key_norms is {norms}; it must be 0 or a divisor of num_attention_heads ({heads}).")
+    if norms and config.attention_bias:
+        raise ValueError("num_key_norms and attention_bias are both set; QK-norm is kept exactly only without biases.")
     if config.kv_a_layernorm_eps <= 0:
         raise ValueError(f"kv_a_layernorm_eps is {config.kv_a_layernorm_eps}; it must be positive.")
     if release(config.hf_mla_version) > release(__version__):

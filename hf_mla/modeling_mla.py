@@ -3,8 +3,10 @@
 
 * `MLAAttention` is DeepSeek's module: the same sub-module names and shapes, a real norm on the latent, one `expand_kv`.
   It caches the packed latent and picks expanded or absorbed attention by cost, so nobody has to choose.
-* A family (`LlamaMLA*`) is the library's own model of that family with its attention replaced; the MLP, norms, rotary
-  embedding, masks, loss, parallel plans and generation are inherited.
+* A family (`LlamaMLA*`, `MistralMLA*`, ...) is the library's own model of that family with its attention replaced; the MLP,
+  norms, rotary embedding, masks, loss, parallel plans and generation are inherited.
+* QK-norm divides head j's key by its root mean square, one number s_j(t) per token. RoPE keeps lengths, so s_j(t) is a factor
+  on the score: it is computed from the original key projection, cached beside the latent, and the rest is linear as ever.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
@@ -24,11 +26,25 @@ from transformers.models.llama.modeling_llama import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.models.mistral.modeling_mistral import (
+    MistralDecoderLayer,
+    MistralForCausalLM,
+    MistralModel,
+    MistralPreTrainedModel,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorbed_attention, absorbing_is_cheaper, effective_weight, is_plain_linear
 from .cache_mla import use_latent_layers
-from .configuration_mla import LlamaMLAConfig
+from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig
+
+
+def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """What RMSNorm multiplies by: [..., width] -> [..., 1], in float32 or wider."""
+    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+    return torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
 
 
 class MLARMSNorm(nn.Module):
@@ -45,11 +61,8 @@ class MLARMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Normalise the last dimension of [..., hidden_size]."""
-        input_dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.promote_types(input_dtype, torch.float32))
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return (self.weight * hidden_states).to(input_dtype)
+        normed = hidden_states * inverse_rms(hidden_states, self.variance_epsilon)
+        return (self.weight * normed).to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
         """Shape and epsilon, for `print(model)`."""
@@ -59,7 +72,7 @@ class MLARMSNorm(nn.Module):
 class MLAAttention(nn.Module):
     """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1); notation as in `attention_mla.py`."""
 
-    def __init__(self, config: LlamaMLAConfig, layer_idx: int) -> None:
+    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -72,13 +85,20 @@ class MLAAttention(nn.Module):
         self.num_key_value_groups = 1  # expanded keys and values have one head per query head
         self.scaling = self.qk_head_dim**-0.5
         self.is_causal = True
+        layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
+        sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = getattr(config, "sliding_window", None) if sliding else None
+        self.num_key_norms = config.num_key_norms
+        self.qk_norm_eps = config.rms_norm_eps
 
-        heads, hidden_size = config.num_attention_heads, config.hidden_size
-        self.q_proj = nn.Linear(hidden_size, heads * self.qk_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=False)
+        heads, hidden_size, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden_size, heads * self.qk_head_dim, bias=bias)
+        if self.num_key_norms:  # the original keys, for the sake of their norms
+            self.k_proj = nn.Linear(hidden_size, self.num_key_norms * self.qk_nope_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = MLARMSNorm(self.kv_lora_rank, eps=config.kv_a_layernorm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=False)
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=bias)
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Form the keys and values of every head.
@@ -95,6 +115,11 @@ class MLAAttention(nn.Module):
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
 
+    def key_norms(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What QK-norm multiplies the keys of each group of heads by: [B, T, hidden_size] -> [B, 1, T, g]."""
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_nope_head_dim))  # [B, T, g, N]
+        return inverse_rms(key, self.qk_norm_eps).to(key.dtype).squeeze(-1).unsqueeze(1)
+
     def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any) -> bool:
         """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
         if torch.is_grad_enabled() or (self.training and self.attention_dropout):
@@ -104,10 +129,11 @@ class MLAAttention(nn.Module):
         plain = is_plain_linear(self.kv_b_proj)
         if self.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
             return False
-        if isinstance(attention_mask, torch.Tensor):
-            readable = attention_mask.ndim == 4 or new_tokens == 1
-        else:
-            readable = attention_mask is None and new_tokens == 1
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+            readable = True
+        else:  # no mask, or FlashAttention's [B, S]: it is the kernel that keeps to the causal order and the window
+            readable = attention_mask is None or isinstance(attention_mask, torch.Tensor)
+            readable = readable and new_tokens == 1 and all_tokens <= (self.sliding_window or all_tokens)
         pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
         dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
         return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed)
@@ -134,6 +160,8 @@ class MLAAttention(nn.Module):
         """
         batch, tokens = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).view(batch, tokens, -1, self.qk_head_dim).transpose(1, 2)  # [B, H, T, N + P]
+        if self.num_key_norms:  # `q_nope` is the original query as it was before its norm
+            query = (query * inverse_rms(query[..., : self.qk_nope_head_dim], self.qk_norm_eps)).to(query.dtype)
         q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
@@ -142,21 +170,32 @@ class MLAAttention(nn.Module):
         cos, sin = position_embeddings
         q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
 
+        parts = [kv_nope, k_rot]
+        if self.num_key_norms:
+            parts.append(self.key_norms(hidden_states))
         if past_key_values is not None:
-            latent = torch.cat([kv_nope, k_rot], dim=-1)
-            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P]
-            kv_nope, k_rot = latent.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-            if self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
-                if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
-                    attention_mask = attention_mask[:, None, None, :].bool()
-                weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
-                output, weights = absorbed_attention(q_nope, q_rot, latent, weight, attention_mask, self.scaling)
-                return self.o_proj(output.reshape(batch, tokens, -1)), weights
+            latent = torch.cat(parts, dim=-1)
+            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g]
+            parts = latent.split([part.shape[-1] for part in parts], dim=-1)
+        kv_nope, k_rot = parts[:2]
+        key_scale = parts[2].squeeze(1).transpose(1, 2) if self.num_key_norms else None  # [B, g, S]
+
+        if past_key_values is not None and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
+            if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
+                attention_mask = attention_mask[:, None, None, :].bool()
+            weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
+            latent = latent[..., : self.kv_lora_rank + self.qk_rope_head_dim]
+            output, weights = absorbed_attention(q_nope, q_rot, latent, weight, attention_mask, self.scaling, key_scale)
+            return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
         query = torch.cat([q_nope, q_rot], dim=-1)
         key, value = self.expand_kv(kv_nope, k_rot)
-        # FlashAttention wants equal widths: pad the values, and cut the padding off the output.
-        padding = self.qk_head_dim - self.v_head_dim if is_flash_attention_requested(self.config) else 0
+        if key_scale is not None:
+            key = (key.unflatten(1, (key_scale.shape[1], -1)) * key_scale[:, :, None, :, None]).flatten(1, 2)
+        # FlashAttention wants equal widths, and so does the fused kernel of SDPA on the CPU (4 to 20 times as fast as the one
+        # without): pad the values, and cut the padding off the output.
+        equal = is_flash_attention_requested(self.config) or self.o_proj.weight.device.type == "cpu"
+        padding = self.qk_head_dim - self.v_head_dim if equal else 0
         if padding > 0:
             value = nn.functional.pad(value, [0, padding])
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -168,16 +207,11 @@ class MLAAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, V]
         output = output[..., : self.v_head_dim].reshape(batch, tokens, -1)
         return self.o_proj(output), weights
-
-
-def replace_attention(model: Any, config: LlamaMLAConfig) -> None:
-    """Give every layer of a library model MLA in place of the attention it was built with."""
-    for layer_idx, layer in enumerate(model.layers):
-        layer.self_attn = MLAAttention(config, layer_idx)
 
 
 class LatentCacheGenerationMixin(GenerationMixin):
@@ -195,29 +229,98 @@ class LatentCacheGenerationMixin(GenerationMixin):
             use_latent_layers(cache, max_cache_length)
 
 
-class LlamaMLAPreTrainedModel(LlamaPreTrainedModel):
+class MLAPreTrainedModelMixin:
+    """What all models with MLA share."""
+
+    _keep_in_fp32_modules: Any = ["kv_a_layernorm"]  # 2**20 is beyond float16; bfloat16 holds it
+
+
+class MLAModelMixin:
+    """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
+
+    def __init__(self: Any, config: PreTrainedConfig) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for layer_idx, layer in enumerate(self.layers):
+            layer.self_attn = MLAAttention(config, layer_idx)
+        self.post_init()
+
+
+class MLAForCausalLMMixin(LatentCacheGenerationMixin):
+    """Makes a family's language model one with MLA; `decoder_class` is the decoder it stands on."""
+
+    decoder_class: type
+
+    def __init__(self: Any, config: PreTrainedConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # the family's own would build a decoder without MLA first
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class LlamaMLAPreTrainedModel(MLAPreTrainedModelMixin, LlamaPreTrainedModel):
     """What all Llama models with MLA share."""
 
     config: LlamaMLAConfig
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAAttention}
-    _keep_in_fp32_modules = ["kv_a_layernorm"]  # 2**20 is beyond float16; bfloat16 holds it
 
 
-class LlamaMLAModel(LlamaMLAPreTrainedModel, LlamaModel):
-    """The decoder without a head."""
-
-    def __init__(self, config: LlamaMLAConfig) -> None:
-        super().__init__(config)
-        replace_attention(self, config)
-        self.post_init()
+class LlamaMLAModel(MLAModelMixin, LlamaMLAPreTrainedModel, LlamaModel):
+    """The decoder of Llama without a head."""
 
 
-class LlamaMLAForCausalLM(LatentCacheGenerationMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
-    """The decoder with a language-model head."""
+class LlamaMLAForCausalLM(MLAForCausalLMMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
+    """The decoder of Llama with a language-model head."""
 
-    def __init__(self, config: LlamaMLAConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)  # LlamaForCausalLM's own would build a Llama first
-        self.model = LlamaMLAModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    decoder_class = LlamaMLAModel
+
+
+class MistralMLAPreTrainedModel(MLAPreTrainedModelMixin, MistralPreTrainedModel):
+    """What all Mistral models with MLA share."""
+
+    config: MistralMLAConfig
+    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MLAAttention}
+
+
+class MistralMLAModel(MLAModelMixin, MistralMLAPreTrainedModel, MistralModel):
+    """The decoder of Mistral without a head."""
+
+
+class MistralMLAForCausalLM(MLAForCausalLMMixin, MistralMLAPreTrainedModel, MistralForCausalLM):
+    """The decoder of Mistral with a language-model head."""
+
+    decoder_class = MistralMLAModel
+
+
+class Qwen2MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen2PreTrainedModel):
+    """What all Qwen2 models with MLA share."""
+
+    config: Qwen2MLAConfig
+    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MLAAttention}
+
+
+class Qwen2MLAModel(MLAModelMixin, Qwen2MLAPreTrainedModel, Qwen2Model):
+    """The decoder of Qwen2 without a head."""
+
+
+class Qwen2MLAForCausalLM(MLAForCausalLMMixin, Qwen2MLAPreTrainedModel, Qwen2ForCausalLM):
+    """The decoder of Qwen2 with a language-model head."""
+
+    decoder_class = Qwen2MLAModel
+
+
+class Qwen3MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen3PreTrainedModel):
+    """What all Qwen3 models with MLA share."""
+
+    config: Qwen3MLAConfig
+    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer, "attentions": MLAAttention}
+
+
+class Qwen3MLAModel(MLAModelMixin, Qwen3MLAPreTrainedModel, Qwen3Model):
+    """The decoder of Qwen3 without a head."""
+
+
+class Qwen3MLAForCausalLM(MLAForCausalLMMixin, Qwen3MLAPreTrainedModel, Qwen3ForCausalLM):
+    """The decoder of Qwen3 with a language-model head."""
+
+    decoder_class = Qwen3MLAModel

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
@@ -12,7 +12,7 @@ os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 from transformers import AutoTokenizer  # noqa: E402
 
-from hf_mla import LlamaMLAConfig, LlamaMLAForCausalLM  # noqa: E402
+import hf_mla  # noqa: E402
 from hf_mla_conversion import convert  # noqa: E402
 from hf_mla_conversion.text import BUNDLED  # noqa: E402
 
@@ -21,38 +21,60 @@ MODEL = str(BUNDLED / "model")
 VALIDATION = str(BUNDLED / "validation.txt.xz")
 
 
-def make_llama(folder, dtype=torch.float32, shard_size="1GB", mix=False, **changes):
-    """Save a random Llama with the bundled tokenizer. `mix`: all key heads are unitary mixes of the first."""
+def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, **changes):
+    """Save a random model of a family with the bundled tokenizer. `mix`: all key heads are unitary mixes of the first."""
     torch.manual_seed(0)
     shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 4096}
     shape |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1}
-    model = LlamaForCausalLM(LlamaConfig(**(shape | {"pad_token_id": 2} | changes)))
+    shape |= {"pad_token_id": 2} | changes
+    if shape["head_dim"] is None:  # left to the library
+        del shape["head_dim"]
+    config = getattr(transformers, f"{family}Config")(**shape)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(std=0.25 if parameter.ndim > 1 else 0.02)
+        parameter.data.normal_(std=0.02 if "norm" in name else 0.25)
         if "norm" in name:
             parameter.data += 1
+        if "q_norm" in name or "k_norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
     model.to(dtype)
     if mix:
         for layer in model.model.layers:
-            key = layer.self_attn.k_proj.weight.data
-            heads = torch.complex(*key.view(model.config.num_key_value_heads, 2, -1, key.shape[1]).unbind(1))  # [g, d/2, D]
-            size, angle = torch.rand(2, *heads.shape[:2], dtype=dtype)
-            phases = torch.polar(size + 0.5, 6.28 * angle)
-            heads = heads[:1] * phases.unsqueeze(-1)
-            key.copy_(torch.stack([heads.real, heads.imag], dim=1).reshape(key.shape))
+            mix_keys(layer.self_attn, config.num_key_value_heads)
     model.save_pretrained(folder, max_shard_size=shard_size)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return str(folder)
 
 
-def make_mla(**changes):
+def mix_keys(attention, kv_heads):
+    """Make the normed keys of all heads multiples of the first's, by a complex number for each head and frequency."""
+    projection = attention.k_proj
+    rows = projection.weight.data if projection.bias is None else torch.cat([projection.weight, projection.bias[:, None]], 1).data
+    norm = attention.k_norm.weight.data[:, None] if hasattr(attention, "k_norm") else 1
+    keys = rows.view(kv_heads, -1, rows.shape[1]) * norm
+    heads = torch.complex(*keys.view(kv_heads, 2, -1, rows.shape[1]).unbind(1))  # [g, d/2, D]
+    size, angle = torch.rand(2, *heads.shape[:2], dtype=rows.dtype)
+    heads = heads[:1] * torch.polar(size + 0.5, 6.28 * angle).unsqueeze(-1)
+    rows = (torch.cat([heads.real, heads.imag], dim=1) / norm).flatten(0, 1)
+    projection.weight.data.copy_(rows[:, : projection.in_features])
+    if projection.bias is not None:
+        projection.bias.data.copy_(rows[:, -1])
+
+
+def make_llama(folder, **changes):
+    """Save a random Llama; see `make_source`."""
+    return make_source(folder, **changes)
+
+
+def make_mla(family="Llama", **changes):
     """A random MLA model in float32, with logits of order one."""
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
     shape |= {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "pad_token_id": 0}
-    model = LlamaMLAForCausalLM(LlamaMLAConfig(**(shape | changes))).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
+    config = getattr(hf_mla, f"{family}MLAConfig")(**(shape | changes))
+    model = getattr(hf_mla, f"{family}MLAForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "bias" in name:
             parameter.data.normal_(std=0.15)
     return model
 

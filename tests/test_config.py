@@ -5,7 +5,7 @@ import logging
 import pytest
 from conftest import make_mla
 
-from hf_mla import LlamaMLAConfig, LlamaMLAForCausalLM
+from hf_mla import LlamaMLAConfig, LlamaMLAForCausalLM, Qwen2MLAConfig, Qwen3MLAConfig
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from hf_mla import LlamaMLAConfig, LlamaMLAForCausalLM
         ({"qk_nope_head_dim": 0}, "qk_nope_head_dim is 0"),
         ({"v_head_dim": -1}, "v_head_dim is -1"),
         ({"q_lora_rank": 8}, "only null is supported"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"num_key_norms": 2}, "only 0 is possible for llama_mla"),
         ({"kv_a_layernorm_eps": 0.0}, "must be positive"),
     ],
 )
@@ -31,15 +31,39 @@ def test_wrong_types_are_refused():
         LlamaMLAConfig(kv_lora_rank="many")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_norms": 3}, "a divisor of num_attention_heads"),
+        ({"num_key_norms": -2}, "a divisor of num_attention_heads"),
+        ({"num_key_norms": 2, "attention_bias": True}, "only without biases"),
+    ],
+)
+def test_impossible_key_norms_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Qwen3MLAConfig(num_attention_heads=4, **changes)
+
+
+def test_biases_are_the_familys():
+    assert Qwen2MLAConfig().attention_bias
+    assert not Qwen2MLAConfig(attention_bias=False).attention_bias
+    assert not Qwen3MLAConfig().attention_bias
+
+
 def test_derived_dimensions():
     config = LlamaMLAConfig(qk_nope_head_dim=24, qk_rope_head_dim=8, num_attention_heads=4, num_key_value_heads=2, head_dim=99)
     assert (config.qk_head_dim, config.head_dim, config.num_key_value_heads) == (32, 8, 4)
 
 
-def test_parallel_plan_names_existing_parameters():
-    model = make_mla()
-    names = {name.replace(".0.", ".*.").removesuffix(".weight") for name, _ in model.model.named_parameters()}
-    assert set(model.config.base_model_tp_plan) <= names
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_parallel_plan_names_existing_parameters(family):
+    for changes in [{}, {"num_key_norms": 2}] if family == "Qwen3" else [{}]:
+        model = make_mla(family, **changes)
+        names = {name.replace(".0.", ".*.").removesuffix(".weight") for name, _ in model.model.named_parameters()}
+        assert set(model.config.base_model_tp_plan) <= names
+        assert {name for name in names if name.startswith("layers.*.") and "norm" not in name and "bias" not in name} <= set(
+            model.config.base_model_tp_plan
+        )
 
 
 def test_small_test_sizes():

@@ -104,4 +104,5 @@ def test_label_smoothing_shifts_labels():
     """The trainer and the text-generation pipeline look the class name up in this table."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["llama_mla"] == "LlamaMLAForCausalLM"
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{family.lower()}_mla"] == f"{family}MLAForCausalLM"

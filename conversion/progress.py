@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a conversion has done so far, in a folder beside its output, so that it can be killed at any moment and go on.
+
+* `recipe.json` says what the work depends on: source files, calibration tokens, options, versions. Work is only taken up by a
+  command with the same recipe; what differs is named.
+* Every finished part is one file that appears whole or not at all.
+* The output is put together in a sub-folder and takes its name in one step; then the folder is removed.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import Checkpoint
+from .errors import UserError
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def work_folder(path: Path) -> Path:
+    """Where the conversion to `path` keeps what it has done so far."""
+    return path.parent / f".{path.name}.incomplete"
+
+
+@contextmanager
+def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool) -> Iterator[Path]:
+    """The folder for unfinished work on an output; what is in it stays if the block fails or is interrupted.
+
+    Args:
+        path: the output.
+        recipe: what the work depends on; JSON values.
+        processes: Accelerate's state; the main process looks after the folder, the others wait.
+        restart: forget earlier work.
+
+    Yields:
+        The folder. The block makes `output` in it, which takes the name `path` when the block ends.
+
+    Raises:
+        UserError: earlier work there had another recipe, the disk is full, or the folder cannot be written.
+    """
+    folder = work_folder(path)
+    try:
+        if processes.is_main_process:
+            begin(folder, recipe, restart=restart)
+        processes.wait_for_everyone()
+        yield folder
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            if path.exists():
+                shutil.rmtree(path)
+            (folder / "output").rename(path)
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; what is done so far is kept in {folder}, "
+            "and the same command goes on with it"
+        ) from error
+    finally:
+        if processes.is_main_process and folder.exists() and not any(folder.glob("gradient-*")):
+            shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping yet
+
+
+def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
+    """Take up the work in `folder`, or begin it."""
+    if restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    if (folder / "recipe.json").exists():
+        check_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), recipe, folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(recipe, folder / "recipe.json")
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def check_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise a UserError that names what differs between the recipe of earlier work and this one."""
+    changes = []
+    for name, value in now.items():
+        earlier = before.get(name)
+        if isinstance(value, dict) and isinstance(earlier, dict):
+            changes += [f"{key} of {name}" for key in {**earlier, **value} if earlier.get(key) != value.get(key)]
+        elif earlier != value:
+            changes.append(name if name.endswith("sha256") else f"{name} (was {earlier}, is {value})")
+    if changes:
+        raise UserError(
+            f"{folder} holds unfinished work of another conversion, with other {', '.join(changes)}; "
+            "give its command to go on with it, or --restart to begin anew"
+        )
+
+
+def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
+    """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
+    assert checkpoint.folder is not None
+    files = ["config.json", *sorted({tensor.file for tensor in checkpoint.tensors.values()})]
+
+    def digest(name: str) -> str:
+        assert checkpoint.folder is not None
+        with open(checkpoint.folder / name, "rb") as file:
+            return file_digest(file)
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(files, pool.map(digest, files), strict=True))
+
+
+def file_digest(file: Any) -> str:
+    """SHA-256 of an open binary file."""
+    total = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def token_fingerprint(windows: "Tensor") -> str:
+    """SHA-256 of token ids: changes with the text, the tokenizer, the seed and the number of tokens."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()

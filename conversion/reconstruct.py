@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit one converted layer to the original layer's attention output, on the original model's inputs.
+
+Minimises E || y - y' ||^2 / E || y ||^2 over all weights of the MLA block, the norm on the latent included. Layers do not see
+each other, so one is in memory at a time. docs/reconstruction.md has the measurements behind every constant here.
+
+* Matrices move by Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), vectors by Adam.
+* Step sizes are relative: a matrix's is a share of the root mean square of its own entries, so that no model needs its own.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_mla.modeling_mla import MLAAttention
+
+from .calibrate import OutputFit, hooks
+
+
+NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
+RATE = 0.1  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
+WARMUP = 0.05  # share of the steps
+
+
+class LayerTask:
+    """One attention layer on calibration text: what enters it, and what the original makes of that.
+
+    Args:
+        layer: the original decoder layer, with its weights.
+        call: what it is called with besides hidden states.
+        states: hidden states that enter it, [windows, tokens, D], anywhere.
+        position_embeddings: of the converted layer, for one sequence.
+        device: where to compute.
+    """
+
+    def __init__(self, layer: Any, call: dict, states: Tensor, position_embeddings: Any, device: torch.device) -> None:
+        self.layer, self.call, self.states, self.device = layer, call, states, device
+        self.position_embeddings = position_embeddings
+        self.wide = torch.promote_types(states.dtype, torch.float32)
+        # The weights that are fitted are wider than bfloat16; what is computed with them need not be.
+        self.precision = torch.autocast(device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16)
+
+    @torch.no_grad()
+    def batch(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention inputs x and the original's outputs y of some windows, each [B, T, D]; y in float32 or wider."""
+        x = self.layer.input_layernorm(self.states[windows.to(self.states.device)].to(self.device))
+        return x, self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
+
+    def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
+        """What the converted layer makes of x [B, T, D]; in float32 or wider."""
+        with self.precision:
+            return mla(x, self.position_embeddings, attention_mask=self.call["attention_mask"])[0].to(self.wide)
+
+    @torch.no_grad()
+    def error(self, mla: MLAAttention, parts: Iterable[Tensor]) -> float:
+        """Relative squared error of the converted layer's output on some windows, given in batches."""
+        wrong = total = 0.0
+        for part in parts:
+            x, y = self.batch(part)
+            wrong += (self.output(mla, x) - y).double().square().sum().item()
+            total += y.double().square().sum().item()
+        return wrong / max(total, torch.finfo(torch.float64).tiny)
+
+    @torch.no_grad()
+    def fit_output(self, mla: MLAAttention, parts: Iterable[Tensor]) -> None:
+        """Fit `o_proj` by least squares on some windows, given in batches, in place."""
+        fit = OutputFit(mla.o_proj.weight)
+        heads: list[Tensor] = []
+        with hooks([mla.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]):
+            for part in parts:
+                x, y = self.batch(part)
+                residual = y - self.output(mla, x)
+                fit.add(heads.pop(), residual)
+        mla.o_proj.weight.copy_(fit.solve())
+
+
+def shuffled(windows: Tensor, size: int, steps: int, seed: int) -> Tensor:
+    """Windows for each step, [steps, size]: in random order, all of them before any comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = math.ceil(steps * size / len(windows))
+    order = torch.cat([windows[torch.randperm(len(windows), generator=generator)] for _ in range(rounds)])
+    return order[: steps * size].view(steps, size)
+
+
+def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor) -> None:
+    """Train a converted layer, in place.
+
+    Args:
+        mla: the layer; in float32 or wider.
+        task: the original.
+        order: which windows make up each step, [steps, windows].
+    """
+    # With QK-norm, `k_proj` is there to give the original's norms.
+    names = [name for name, _ in mla.named_parameters() if not name.startswith("k_proj")]
+    groups: dict[int, list[dict]] = {1: [], 2: []}
+    for name in names:
+        parameter = mla.get_parameter(name).requires_grad_(True)
+        weight = mla.get_parameter(name.replace("bias", "weight")).detach()
+        groups[parameter.ndim].append({"params": [parameter], "lr": RATE * weight.square().mean().sqrt().item()})
+    optimizers = [
+        torch.optim.Muon(groups[2], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(groups[1], betas=(0.9, 0.95)),
+    ]
+    steps, warmup = len(order), math.ceil(WARMUP * len(order))
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+        for optimizer in optimizers
+    ]
+    energy: Any = None
+    for windows in order:
+        x, y = task.batch(windows)
+        if energy is None:
+            energy = y.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        with torch.enable_grad():
+            loss = nn.functional.mse_loss(task.output(mla, x), y) / energy
+            loss.backward()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    mla.requires_grad_(False)
