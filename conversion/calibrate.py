@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoint import load_file, save_file
+from .planner import HEAD_TOKENS
 from .streaming import LayerStream
 
 
@@ -92,19 +93,27 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> No
     gradient = states  # of the loss, at the output of the layer at work
     with stream.head() as head:
         for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
-            inputs = part.to(stream.device, copy=True).requires_grad_(True)
-            logits = head(inputs)[:, :-1].flatten(0, 1)
-            # The sum, not the mean: gradients of equal scale whatever the batch.
-            loss = nn.functional.cross_entropy(
-                logits.to(torch.promote_types(logits.dtype, torch.float32)), ids[:, 1:].flatten().to(stream.device), reduction="sum"
-            )
-            part.copy_(torch.autograd.grad(loss, inputs)[0])
+            part.copy_(loss_gradient(head, part.to(stream.device), ids.to(stream.device)))
     for index in reversed(range(len(stream))):
         with stream.layer(index) as layer:
             moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
         save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
         progress.update()
     progress.close()
+
+
+def loss_gradient(head: nn.Module, states: Tensor, ids: Tensor) -> Tensor:
+    """Gradient of the summed loss at the last hidden states: [B, T, D], token ids [B, T] -> [B, T, D]."""
+    gradient = torch.zeros_like(states)
+    for start in range(0, ids.shape[1] - 1, HEAD_TOKENS // len(ids)):
+        stop = min(start + HEAD_TOKENS // len(ids), ids.shape[1] - 1)
+        inputs = states[:, start:stop].detach().requires_grad_(True)
+        logits = head(inputs).flatten(0, 1)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # The sum, not the mean: gradients of equal scale whatever the batch.
+        loss = nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1].flatten(), reduction="sum")
+        gradient[:, start:stop] = torch.autograd.grad(loss, inputs)[0]
+    return gradient
 
 
 @torch.no_grad()

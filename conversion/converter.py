@@ -32,7 +32,7 @@ from .closed_form import convert_attention, mla_config
 from .errors import UserError, brief
 from .families import FAMILIES, refusal
 from .measures import Comparison
-from .planner import CALIBRATION_WINDOW, CPU_TOKENS, STEP_TOKENS, PerSide, PlanReport, check_memory, make_plan, possible_sizes
+from .planner import SCALES, PerSide, PlanReport, check_memory, make_plan, possible_sizes
 from .progress import source_fingerprint, token_fingerprint, work_on, write_json
 from .reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
 from .streaming import LayerStream, allocate
@@ -57,9 +57,8 @@ CARRIED = [
     "USE_POLICY*",
 ]
 STEPS = 400
-TOKENS = {"cuda": 1 << 20, "cpu": CPU_TOKENS}
 SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
-FIT_TOKENS = 1 << 16  # for least squares
+FIT_TOKENS = 1 << 15  # for least squares
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 
@@ -143,8 +142,10 @@ def convert(
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
         calibration: a .txt or .txt.xz file or a data set; None for the bundled English prose.
-        calibration_tokens: how many tokens of it to use; None for 1,048,576 on a GPU, 131,072 on the CPU.
-        steps: reconstruction steps per layer, of 4,096 tokens each; 0 for the closed form alone.
+        calibration_tokens: how many tokens of it to use; None for 1,048,576 on a GPU, 131,072 on the CPU. They are taken in
+            sequences as long as the model's context, 8,192 tokens at most on a GPU and 2,048 on the CPU.
+        steps: reconstruction steps per layer, of 4,096 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
+            0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order.
@@ -175,9 +176,10 @@ def convert(
     if push_to is not None:
         check_repository(push_to)
     run_device = choose_device(device)
-    tokens = TOKENS[run_device.type] if calibration_tokens is None else calibration_tokens
-    windows = calibration_windows(checkpoint, calibration, tokens, seed)
-    check_memory(checkpoint, sizes, windows, run_device)
+    tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
+    window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
+    windows = calibration_windows(checkpoint, calibration, tokens, window, seed)
+    check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
         "revision": revision,
@@ -271,12 +273,13 @@ class Job:
         self.checkpoint, self.folder, self.windows, self.device = checkpoint, folder, windows, device
         self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device), windows.shape[1])
-        self.batch = 8 if device.type == "cuda" else 1
+        self.scale = SCALES[device.type]
+        self.batch = max(1, self.scale.batch // windows.shape[1])  # windows
         count = len(windows)
         held = min(HELD_BACK, count // 8)
         self.train = torch.arange(count - held)
         self.held = torch.arange(count - held, count) if held else self.train
-        self.surveyed = self.train[: max(1, SURVEY_TOKENS // windows.shape[1])]
+        self.surveyed = self.train[: max(4, SURVEY_TOKENS // windows.shape[1])]
 
     def layer_file(self, index: int) -> Path:
         """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
@@ -394,9 +397,9 @@ class Job:
             return mla, closed, None, spectrum
         mla.kv_a_layernorm.variance_epsilon = NORM_EPS
         nn.init.ones_(mla.kv_a_layernorm.weight)
-        task.fit_output(mla, fit)
-        size = min(max(1, STEP_TOKENS // window), len(train))
+        size = min(max(1, self.scale.step // window), len(train))
         reconstruct(mla, task, shuffled(train, size, steps, seed=self.seed * len(self.stream) + index))
+        task.fit_output(mla, fit)
         return mla, closed, task.error(mla, held.split(self.batch)), spectrum
 
     def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
@@ -438,7 +441,7 @@ class Job:
         return {"held_back_tokens": windows.numel(), **total.result()}
 
 
-def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, seed: int) -> Tensor:
+def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, window: int, seed: int) -> Tensor:
     """Calibration token ids [windows, tokens], drawn from the text with the seed."""
     if tokens < 2:
         raise UserError(f"--calibration-tokens is {tokens}; at least 2 are needed, 65536 are usual")
@@ -446,7 +449,6 @@ def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
     text = read_text(calibration, tokens, spread=4)
-    window = min(CALIBRATION_WINDOW, checkpoint.config.max_position_embeddings)
     windows = token_windows(text, tokenizer, tokens, window, seed)
     check_vocabulary(windows, checkpoint)
     return windows

@@ -18,6 +18,7 @@ from .verifier import VerifyReport, verify
 
 PROMPT = "The captain looked at the sea and"
 NEW_TOKENS = 48
+STEPS = 320
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def demo(*, out: str | None = None) -> DemoReport:
     with tempfile.TemporaryDirectory() as scratch:
         folder = out if out is not None else str(Path(scratch) / "demo-mla")
         source = str(BUNDLED / "model")
-        converted = convert(source, folder, device="cpu")
+        converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, steps=STEPS, device="cpu")
         verified = verify(folder, against=source, text=str(BUNDLED / "validation.txt.xz"), tokens=32768, device="cpu")
         return DemoReport(converted, verified, PROMPT, generate(source), generate(folder))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .checkpoint import ITEMSIZE, open_checkpoint
 from .errors import UserError
-from .families import refusal
+from .families import refusal, source_head_dim
 
 
 PACKAGES = ("hf-mla", "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface-hub", "tokenizers", "triton")
@@ -48,7 +48,7 @@ def info(source: str, *, revision: str | None = None) -> dict[str, Any]:
     else:
         reason = refusal(config)
         result["supported"], result["reason"] = reason is None, reason
-        floats = 2 * config.num_key_value_heads * config.head_dim if reason is None else None
+        floats = 2 * config.num_key_value_heads * source_head_dim(config) if reason is None else None
     result["kv_floats_per_token_per_layer"] = floats
     if floats is not None:
         result["kv_bytes_per_token"] = config.num_hidden_layers * floats * ITEMSIZE[checkpoint.dtype]

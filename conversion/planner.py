@@ -11,10 +11,28 @@ from .families import FAMILIES, biased_projections, key_norms, refusal, source_h
 
 
 DEFAULT_KV_BUDGET = 0.3125
-CALIBRATION_WINDOW = 1024
-CPU_TOKENS = 1 << 17  # of calibration text on the CPU, unless given
-STEP_TOKENS = 4096  # of reconstruction
+HEAD_TOKENS = 1024  # whose logits are computed at a time
 LIBRARIES = 600_000_000  # bytes that Python, torch and Transformers take
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is worked on at a time; numbers of tokens."""
+
+    calibration: int
+    """Of calibration text, unless given."""
+    window: int
+    """Of a calibration sequence, if the model's own context is not shorter."""
+    step: int
+    """Of a reconstruction step, or one sequence."""
+    batch: int
+    """Of a pass without training, or one sequence."""
+
+
+SCALES = {
+    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192),
+    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024),
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,6 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     converted_floats = kv_lora_rank + qk_rope_head_dim + norms
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     itemsize = source_itemsize if dtype == "auto" else ITEMSIZE[DTYPES[dtype]]
-    width = max(4, source_itemsize)  # of what is computed with, on the CPU
     written = 0
     for name, tensor in checkpoint.tensors.items():
         replaced = ".self_attn." in name
@@ -118,9 +135,7 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
             config.num_hidden_layers * converted_floats * itemsize,
         ),
         kv_ratio=converted_floats / source_floats,
-        peak_memory_bytes=memory_estimate(
-            checkpoint, (kv_lora_rank, qk_rope_head_dim), CPU_TOKENS // CALIBRATION_WINDOW, CALIBRATION_WINDOW, width=width, batch=1
-        ),
+        peak_memory_bytes=memory_estimate(checkpoint, (kv_lora_rank, qk_rope_head_dim), SCALES["cpu"].calibration),
         bytes_read=checkpoint.bytes,
         bytes_written=written + config.num_hidden_layers * attention * itemsize,
     )
@@ -203,21 +218,20 @@ def possible_sizes(
     return [(min(floats - dim, config.hidden_size), dim) for dim in (rule, *near)]
 
 
-def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], windows: int, window: int, *, width: int, batch: int) -> int:
-    """Bytes of memory that a conversion takes at its peak, besides hidden states that do not fit (these go to disk).
+def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
+    """Bytes of memory that a conversion takes at its peak.
 
     Args:
         checkpoint: the source.
         size: rank and rotary width.
-        windows: of calibration text.
-        window: tokens in each.
-        width: bytes of a number that is computed with.
-        batch: windows per pass without gradients.
+        tokens: of calibration text whose hidden states are held in memory; 0 if they are on disk.
+        device: type of the device.
 
     Returns:
         Bytes, the libraries' own included.
     """
-    config = checkpoint.config
+    config, scale = checkpoint.config, SCALES[device]
+    width = {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)  # of a number that is computed with
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
     rank, rope_dim = size
@@ -225,27 +239,26 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], windows: int,
     layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
-    states = windows * window * hidden
-    token = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size  # activations of a layer, with gradients
-    converted_token = 6 * hidden + heads * (8 * (head_dim + rope_dim) + 8 * head_dim) + 4 * rank
-    training = 4 * 5 * mla + 4 * STEP_TOKENS * (converted_token + 4 * hidden)  # weights, gradient, momentum, and work space
+    window = min(scale.window, config.max_position_embeddings)
+    step, batch = max(scale.step, window), max(scale.batch, window)
+    # Numbers per token that a layer keeps for its backward pass: the original's, and the converted attention's.
+    original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
+    converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank
+    fitting = 4 * (5 * mla + step * converted)  # weights, gradient, momentum and work space, in float32
     closed_form = 8 * (6 * keys_values**2 + 3 * hidden**2 + 4 * queries**2 + 3 * (queries + keys_values) * hidden + 2 * mla)
-    head = table * width + batch * window * (config.vocab_size * (width + 16) + 4 * hidden)
-    stages = (
-        head,
-        layer * width + batch * window * token * width,
-        layer * width + max(training, closed_form),
+    return LIBRARIES + max(
+        table * width + HEAD_TOKENS * config.vocab_size * 16,
+        tokens * hidden * width + layer * width + max(fitting, closed_form),
+        layer * width + batch * original * width,
     )
-    return LIBRARIES + states * width + max(stages)
 
 
-def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], windows: Any, device: Any) -> None:
-    """Raise a UserError if a conversion's peak does not fit in what is free.
+def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: Any) -> None:
+    """Raise a UserError if a conversion's peak does not fit in what is free, hidden states on disk.
 
     Args:
         checkpoint: the source.
         sizes: rank and rotary width, all that will be tried.
-        windows: calibration token ids [windows, tokens].
         device: where to compute.
 
     Raises:
@@ -254,13 +267,9 @@ def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], windows: 
     import psutil
     import torch
 
-    count, window = windows.shape
-    cuda = device.type == "cuda"
-    available = torch.cuda.mem_get_info(device)[0] if cuda else psutil.virtual_memory().available
-    width = {"F64": 8, "BF16": 2 if cuda else 4}.get(checkpoint.dtype, 4)
-    # Hidden states that do not fit go elsewhere.
-    needed = max(memory_estimate(checkpoint, size, 0, window, width=width, batch=8 if cuda else 1) for size in sizes)
-    if needed > available + LIBRARIES:
+    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = max(memory_estimate(checkpoint, size, 0, device.type) for size in sizes) - LIBRARIES
+    if needed > available:
         raise UserError(
             f"converting {checkpoint.name} takes about {needed / 1e9:.1f} GB on {device}, {available / 1e9:.1f} GB are free; "
             "use another --device or machine"

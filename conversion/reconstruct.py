@@ -21,7 +21,8 @@ from .calibrate import OutputFit, hooks
 
 
 NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
-RATE = 0.1  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
+RATE = 0.15  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
+MOMENTUM = 0.85
 WARMUP = 0.05  # share of the steps
 
 
@@ -101,7 +102,7 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor) -> None:
         weight = mla.get_parameter(name.replace("bias", "weight")).detach()
         groups[parameter.ndim].append({"params": [parameter], "lr": RATE * weight.square().mean().sqrt().item()})
     optimizers = [
-        torch.optim.Muon(groups[2], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(groups[2], momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.Adam(groups[1], betas=(0.9, 0.95)),
     ]
     steps, warmup = len(order), math.ceil(WARMUP * len(order))

@@ -14,7 +14,7 @@ from .card import HEALING_RATIO
 from .checkpoint import Checkpoint, open_checkpoint
 from .converter import check_vocabulary, choose_device, load_model, load_tokenizer
 from .errors import UserError
-from .families import refusal
+from .families import refusal, source_head_dim
 from .measures import Comparison
 from .planner import PerSide
 from .text import read_text, token_windows
@@ -97,8 +97,8 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
     if reason is not None:
         raise UserError(f"{source.name}: {reason}")
     shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rope_parameters")
-    for key, origin in [*((key, key) for key in shared), ("qk_nope_head_dim", "head_dim")]:
-        here, there = getattr(converted.config, key), getattr(source.config, origin)
+    pairs = [(key, getattr(converted.config, key), getattr(source.config, key)) for key in shared]
+    for key, here, there in [*pairs, ("qk_nope_head_dim", converted.config.qk_nope_head_dim, source_head_dim(source.config))]:
         if here != there:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 
