@@ -19,8 +19,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .checkpoint import load_file, save_file
+from .errors import UserError
 from .planner import HEAD_TOKENS
 from .streaming import LayerStream
+
+
+CONTEXT_TOLERANCE = 0.2  # nats; more than chance makes of a few thousand tokens
 
 
 @dataclass
@@ -70,50 +74,88 @@ def gradient_moments(folder: Path, layer: int, device: torch.device) -> tuple[Te
     return moments["keys"].to(device), moments["values"].to(device)
 
 
-def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> None:
-    """Leave every layer's inputs and gradient moments on calibration text in `folder`; done already if they are there.
+def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> int:
+    """Leave every layer's inputs and gradient moments on calibration text in `folder`.
 
     Args:
         stream: the model.
         windows: token ids [windows, tokens].
         batch: windows per pass.
         folder: where to.
+
+    Returns:
+        The context that the model shows to be trained for, see `trained_context`. If that is less than `tokens`, there are no
+        gradient moments: what the model does beyond it is nothing to go by.
+
+    Raises:
+        UserError: the model computes numbers that are not finite.
     """
-    if gradient_file(folder, 0).exists():  # the last to be written
-        return
-    progress = tqdm(total=2 * len(stream), desc="surveying", unit="layer")
-    states = torch.empty(*windows.shape, stream.config.hidden_size, dtype=stream.dtype)
-    stream.embed(windows, states)
-    for index in range(len(stream)):
-        save_file({"states": states}, inputs_file(folder, index))
-        with stream.layer(index) as layer, torch.no_grad():
-            advance(layer, stream.calls[index], states, batch, stream.device)
-        progress.update()
+    with tqdm(total=2 * len(stream), desc="surveying", unit="layer") as progress:
+        states = torch.empty(*windows.shape, stream.config.hidden_size, dtype=stream.dtype)
+        stream.embed(windows, states)
+        for index in range(len(stream)):
+            save_file({"states": states}, inputs_file(folder, index))
+            with stream.layer(index) as layer:
+                advance(layer, stream.calls[index], states, batch, stream.device)
+            progress.update()
 
-    gradient = states  # of the loss, at the output of the layer at work
-    with stream.head() as head:
-        for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
-            part.copy_(loss_gradient(head, part.to(stream.device), ids.to(stream.device)))
-    for index in reversed(range(len(stream))):
-        with stream.layer(index) as layer:
-            moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
-        save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
-        progress.update()
-    progress.close()
+        gradient = states  # of the loss, at the output of the layer at work
+        losses = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+        with stream.head() as head:
+            for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
+                at_output, at_tokens = loss_gradient(head, part.to(stream.device), ids.to(stream.device))
+                part.copy_(at_output)
+                losses += at_tokens.sum(0).double().cpu()
+        if not torch.isfinite(losses).all():
+            raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; its weights are damaged")
+        context = trained_context(losses / len(windows))
+        if context < windows.shape[1]:
+            return context
+        for index in reversed(range(len(stream))):
+            with stream.layer(index) as layer:
+                moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
+            save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
+            progress.update()
+        return context
 
 
-def loss_gradient(head: nn.Module, states: Tensor, ids: Tensor) -> Tensor:
-    """Gradient of the summed loss at the last hidden states: [B, T, D], token ids [B, T] -> [B, T, D]."""
-    gradient = torch.zeros_like(states)
-    for start in range(0, ids.shape[1] - 1, HEAD_TOKENS // len(ids)):
-        stop = min(start + HEAD_TOKENS // len(ids), ids.shape[1] - 1)
+def trained_context(losses: Tensor) -> int:
+    """How many tokens a model can look back on to any good, by its mean loss at each position [tokens - 1].
+
+    `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by a nat and more, where
+    within it falls with every token of context. The length is halved until its second half is not worse than what comes before.
+    """
+    length = len(losses) + 1
+    while length % 2 == 0 and length >= 512:
+        half, quarter = length // 2, length // 4
+        if losses[half : length - 1].mean() < losses[quarter:half].mean() + CONTEXT_TOLERANCE:
+            break
+        length = half
+    return length
+
+
+def loss_gradient(head: nn.Module, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the gradient of its sum at the last hidden states.
+
+    Args:
+        head: from hidden states to logits.
+        states: [B, T, D].
+        ids: token ids [B, T].
+
+    Returns:
+        The gradient [B, T, D], and the loss at each token but the first [B, T - 1].
+    """
+    gradient, losses = torch.zeros_like(states), []
+    step = max(1, HEAD_TOKENS // len(ids))
+    for start in range(0, ids.shape[1] - 1, step):
+        stop = min(start + step, ids.shape[1] - 1)
         inputs = states[:, start:stop].detach().requires_grad_(True)
-        logits = head(inputs).flatten(0, 1)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = head(inputs)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # [B, vocabulary, T]
+        losses.append(nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1], reduction="none"))
         # The sum, not the mean: gradients of equal scale whatever the batch.
-        loss = nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1].flatten(), reduction="sum")
-        gradient[:, start:stop] = torch.autograd.grad(loss, inputs)[0]
-    return gradient
+        gradient[:, start:stop] = torch.autograd.grad(losses[-1].sum(), inputs)[0]
+    return gradient, torch.cat([part.detach() for part in losses], dim=1)
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from .errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run the program on the words after `hf-mla` (None: the command line's) and return its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Threads that wait for each other by spinning become some ten times slower where other programs use the processor.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported, later
     options = vars(parser().parse_args(arguments))
     if options.get("config") is not None:
         try:
@@ -111,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
 
     info = command("info", run_info, "describe a checkpoint, converted or not")
     info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    info.add_argument("--plot", metavar="FILE", help="draw a conversion's spectra and errors to a .png, .svg or .pdf file")
     add_revision(info)
 
     command("env", run_env, "print versions and devices, for a bug report")
@@ -271,19 +274,20 @@ def run_verify(options: dict[str, Any], as_json: bool) -> int:
 
 
 def verify_table(result: Any) -> str:
-    """A verification for people."""
-    return rows(
-        {
-            "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} "
-            f"(x {result.perplexity_ratio:.4f}) on {result.tokens:,} tokens",
-            "KL divergence": f"{result.kl:.4f} nats per token",
-            "same likeliest token": f"{result.top1_agreement:.1%}",
-            "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
-            f"({result.dtype})",
-            "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
-            "verdict": result.verdict,
-        }
-    )
+    """A verification for people: a line for each context length, then the rest."""
+    lines = {
+        f"at {context.window:,} tokens": f"perplexity {context.perplexity.source:.3f} -> {context.perplexity.converted:.3f} "
+        f"(x {context.perplexity_ratio:.4f}), KL divergence {context.kl:.4f} nats, same likeliest token "
+        f"{context.top1_agreement:.1%}; on {context.tokens:,} tokens"
+        for context in result.contexts
+    }
+    lines |= {
+        "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
+        f"({result.dtype})",
+        "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
+        "verdict": result.verdict,
+    }
+    return rows(lines)
 
 
 def run_info(options: dict[str, Any], as_json: bool) -> int:

@@ -212,7 +212,7 @@ def convert(
             **(job.measure(config) if processes.is_main_process else {}),
             seconds=time.perf_counter() - started,
             calibration_tokens=windows.numel(),
-            window=windows.shape[1],
+            window=job.windows.shape[1],
             steps=steps,
             candidates=candidates if len(candidates) > 1 else [],
             layers=layers,
@@ -246,7 +246,7 @@ def repeatable() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # costs time, and nothing reads it
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
@@ -272,14 +272,20 @@ class Job:
     ) -> None:
         self.checkpoint, self.folder, self.windows, self.device = checkpoint, folder, windows, device
         self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
-        self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device), windows.shape[1])
         self.scale = SCALES[device.type]
-        self.batch = max(1, self.scale.batch // windows.shape[1])  # windows
-        count = len(windows)
+        self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
+        self.split(windows.shape[1])
+
+    def split(self, window: int) -> None:
+        """Cut the calibration windows into shorter ones, and say what each is for."""
+        self.windows = self.windows.view(-1, window)
+        self.stream.record_calls(window)
+        self.batch = max(1, self.scale.batch // window)  # windows
+        count = len(self.windows)
         held = min(HELD_BACK, count // 8)
         self.train = torch.arange(count - held)
         self.held = torch.arange(count - held, count) if held else self.train
-        self.surveyed = self.train[: max(4, SURVEY_TOKENS // windows.shape[1])]
+        self.surveyed = self.train[: max(4, SURVEY_TOKENS // window)]
 
     def layer_file(self, index: int) -> Path:
         """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
@@ -294,7 +300,7 @@ class Job:
         return config
 
     def prepare(self, sizes: list[tuple[int, int]], processes: Any) -> list[Candidate]:
-        """Survey the model, and try the sizes if there are several.
+        """Survey the model, settle the length of the windows, and try the sizes if there are several.
 
         Args:
             sizes: rank and rotary width of each.
@@ -303,15 +309,24 @@ class Job:
         Returns:
             The sizes with their errors.
         """
-        chosen = self.folder / "sizes.json"
-        if processes.is_main_process and not chosen.exists():
-            survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)
+        prepared = self.folder / "prepared.json"
+        if processes.is_main_process and not prepared.exists():
+            while (context := survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)) < self.windows.shape[1]:
+                logger.warning(
+                    "%s predicts worse beyond %s tokens of context than within: calibrating on sequences of that length",
+                    self.checkpoint.name,
+                    f"{context:,}",
+                )
+                self.split(context)
             errors = self.try_sizes(sizes) if len(sizes) > 1 else [0.0]
-            write_json([asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)], chosen)
-            for inputs in self.folder.glob("inputs-*"):
-                inputs.unlink()
+            candidates = [asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)]
+            write_json({"window": context, "candidates": candidates}, prepared)
         processes.wait_for_everyone()
-        return [Candidate(**entry) for entry in json.loads(chosen.read_text(encoding="utf-8"))]
+        for inputs in self.folder.glob("inputs-*") if processes.is_main_process else ():
+            inputs.unlink()
+        settled = json.loads(prepared.read_text(encoding="utf-8"))
+        self.split(settled["window"])
+        return [Candidate(**entry) for entry in settled["candidates"]]
 
     def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to."""
@@ -321,8 +336,7 @@ class Job:
         total = len(self.stream)
         probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
         errors = [0.0 for _ in sizes]
-        progress = tqdm(total=len(sizes) * len(probed), desc="trying sizes", unit="layer")
-        for index in probed:
+        for index in tqdm(probed, desc="trying sizes", unit="layer"):
             states = layer_inputs(self.folder, index)
             with self.stream.layer(index) as layer:
                 for number, (rank, rope_dim) in enumerate(sizes):
@@ -330,8 +344,6 @@ class Job:
                     steps = min(self.steps, PROBE_STEPS)
                     _, closed, reconstructed, _ = self.convert_layer(index, layer, states, config, train, held, steps)
                     errors[number] += (closed if reconstructed is None else reconstructed) / len(probed)
-                    progress.update()
-        progress.close()
         return errors
 
     def convert_layers(self, config: Any, processes: Any) -> None:
@@ -358,8 +370,6 @@ class Job:
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
                     save_file(weights, self.layer_file(index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
-                if not torch.isfinite(states[0]).all():
-                    raise UserError(f"{self.checkpoint.name} computes numbers that are not finite in layer {index}; it is damaged")
 
     def convert_layer(
         self, index: int, layer: Any, states: Tensor, config: Any, train: Tensor, held: Tensor, steps: int
@@ -437,7 +447,7 @@ class Job:
         total = Comparison()
         with self.stream.head() as head:
             for first, second, ids in zip(source, converted, windows, strict=True):
-                total.add(head(first.to(self.device)), head(second.to(self.device)), ids.to(self.device))
+                total.add_states(first.to(self.device), second.to(self.device), (head, head), ids.to(self.device))
         return {"held_back_tokens": windows.numel(), **total.result()}
 
 
@@ -461,16 +471,17 @@ def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:
         raise UserError(f"the tokenizer of {checkpoint.name} gives token {highest}, the model knows {known}; it is another model's")
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any) -> Any:
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
     """A causal language model in evaluation mode, with every weight from the checkpoint and none left over.
 
     Args:
         checkpoint: what to load; on disk.
         device: where to put it.
         dtype: what to compute in; "auto" for what is stored.
+        spread: put it on all GPUs, if `device` is one and there are more.
 
     Returns:
-        The model.
+        The model; its `device` is where inputs go.
 
     Raises:
         UserError: weights are missing, left over or of the wrong shape, or the configuration is not one of a working model.
@@ -478,8 +489,11 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert checkpoint.folder is not None
+    device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=dtype, device_map=device_map, output_loading_info=True
+        )
     except Exception as error:  # any type: what a configuration can break is up to the library
         raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
     model, loading = loaded
@@ -487,7 +501,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any) -> Any:
         names = sorted(name for name in loading[kind] if not name.endswith("inv_freq"))
         if names:
             raise UserError(f"{checkpoint.name} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
-    return model.to(device).eval()
+    return (model if device_map else model.to(device)).eval()
 
 
 def load_tokenizer(folder: Path | None, name: str) -> Any:

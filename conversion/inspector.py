@@ -6,31 +6,36 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ITEMSIZE, open_checkpoint
-from .errors import UserError
+from .checkpoint import ITEMSIZE, Checkpoint, open_checkpoint
+from .errors import UserError, brief
 from .families import refusal, source_head_dim
+from .plotting import check_plot, plot_conversion
 
 
 PACKAGES = ("hf-mla", "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface-hub", "tokenizers", "triton")
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
 GQA_DIMENSIONS = ("num_key_value_heads", "head_dim")
+CONVERSION = "conversion.json"
 MLA_DIMENSIONS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
-def info(source: str, *, revision: str | None = None) -> dict[str, Any]:
+def info(source: str, *, revision: str | None = None, plot: str | None = None) -> dict[str, Any]:
     """Describe a checkpoint, converted or not, from its configuration and safetensors headers.
 
     Args:
         source: a checkpoint folder or a Hub id.
         revision: branch, tag or commit of a Hub id.
+        plot: a .png, .svg or .pdf file to draw the spectra and errors of a conversion to; needs matplotlib.
 
     Returns:
         Model type, dimensions, parameters, bytes, and what the KV cache takes; for a converted one, also the version of
         hf_mla that wrote it; for others, whether and why not it can be converted.
 
     Raises:
-        UserError: it is not a whole checkpoint.
+        UserError: it is not a whole checkpoint, or cannot be drawn.
     """
+    if plot is not None:
+        check_plot(plot)
     checkpoint = open_checkpoint(source, revision, headers_only=True)
     config = checkpoint.config
     if not hasattr(config, "num_hidden_layers"):
@@ -52,7 +57,24 @@ def info(source: str, *, revision: str | None = None) -> dict[str, Any]:
     result["kv_floats_per_token_per_layer"] = floats
     if floats is not None:
         result["kv_bytes_per_token"] = config.num_hidden_layers * floats * ITEMSIZE[checkpoint.dtype]
+    if plot is not None:
+        if not converted:
+            raise UserError(f"{source} is a {config.model_type!r}, not a converted model; --plot draws what a conversion measured")
+        plot_conversion(conversion_file(checkpoint, revision), source, plot)
     return result
+
+
+def conversion_file(checkpoint: Checkpoint, revision: str | None) -> Path:
+    """Where the conversion.json of a converted checkpoint lies; of a Hub checkpoint it is fetched."""
+    if checkpoint.folder is not None:
+        return checkpoint.folder / CONVERSION
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(checkpoint.name, CONVERSION, revision=revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(f"{checkpoint.name} has no {CONVERSION} that can be fetched: {brief(error)}") from None
 
 
 def env() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 """How far one model's predictions are from another's."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .planner import PerSide
+
+
+CHUNK = 1024  # positions whose logits are in memory at a time: in float32 those of a long sequence would outweigh the model
 
 
 class Comparison:
@@ -19,13 +23,29 @@ class Comparison:
         self.predictions = 0
 
     def add(self, source: Tensor, converted: Tensor, ids: Tensor) -> None:
-        """Take in one sequence: both models' logits [T, vocabulary] and the token ids [T]."""
-        first, second = (logits[:-1].float().log_softmax(-1) for logits in (source, converted))
+        """Take in one sequence: both models' logits [T, vocabulary] and the token ids [T]; they may be on different devices."""
+        first, second = (logits[:-1].to(source.device, torch.float32).log_softmax(-1) for logits in (source, converted))
+        ids = ids.to(source.device)
         losses = [nn.functional.nll_loss(x, ids[1:], reduction="sum") for x in (first, second)]
         divergence = (first.exp() * (first - second)).sum()
         agreements = (first.argmax(-1) == second.argmax(-1)).sum()
         self.sums += torch.stack([*losses, divergence, agreements]).double().cpu()
         self.predictions += len(ids) - 1
+
+    def add_states(
+        self, source: Tensor, converted: Tensor, heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ids: Tensor
+    ) -> None:
+        """Take in one sequence as what enters the heads, which are applied to a chunk of positions at a time.
+
+        Args:
+            source: hidden states of the source [T, D].
+            converted: hidden states of the converted model [T, D].
+            heads: of the source and of the converted model: [T, D] -> [T, vocabulary].
+            ids: token ids [T].
+        """
+        for start in range(0, len(ids) - 1, CHUNK):
+            part = slice(start, start + CHUNK + 1)  # the last one is predicted here and predicts in the next
+            self.add(heads[0](source[part]), heads[1](converted[part]), ids[part])
 
     def result(self) -> dict[str, Any]:
         """`perplexity` of both, `perplexity_ratio`, `kl` in nats per token, `top1_agreement`.

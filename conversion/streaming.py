@@ -33,10 +33,9 @@ class LayerStream:
         checkpoint: what to read; on disk.
         device: where to compute.
         dtype: what to compute in.
-        window: tokens per sequence.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, window: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
@@ -51,7 +50,8 @@ class LayerStream:
         self.prefix = FAMILIES[self.config.model_type].attention.removesuffix("self_attn.")
         self._check_names()
         self.rotary = type(self.decoder.rotary_emb)(config=self.config).to(device)
-        self.calls = self._record_calls(window)
+        self.calls: list[dict[str, Any]] = []
+        """What each layer is called with besides hidden states: masks, positions, rotary embeddings of one sequence."""
 
     def __len__(self) -> int:
         return len(self.decoder.layers)
@@ -74,8 +74,8 @@ class LayerStream:
             if held[name] != shape:
                 raise UserError(f"{self.checkpoint.name}: {name} is {list(held[name])}, config.json announces {list(shape)}")
 
-    def _record_calls(self, window: int) -> list[dict[str, Any]]:
-        """What the model calls each of its layers with, for one sequence: masks, positions, rotary embeddings."""
+    def record_calls(self, window: int) -> None:
+        """Set `calls` for sequences of so many tokens."""
         calls: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -94,7 +94,7 @@ class LayerStream:
             self.decoder.rotary_emb = rotary
             for part in parts:
                 del part.forward
-        return calls[: len(self)]
+        self.calls = calls[: len(self)]
 
     @contextmanager
     def _filled(self, module: Any, prefix: str, names: dict[str, str] | None = None) -> Iterator[Any]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a converted model against its source: perplexity, divergence, agreement, cache bytes, and the two attention paths."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +21,33 @@ from .planner import PerSide
 from .text import read_text, token_windows
 
 
+logger = logging.getLogger(__name__)
+
 VERIFICATION_WINDOW = 1024
 DECODED_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class VerifyReport:
-    """The result of `verify`; the field names are the JSON keys."""
+class ContextReport:
+    """How close the models are on sequences of one length."""
 
+    window: int
+    """Tokens in a sequence."""
+    tokens: int
     perplexity: PerSide
     perplexity_ratio: float
     kl: float
     """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
     top1_agreement: float
     """Share of positions at which both models find the same token likeliest."""
-    tokens: int
+
+
+@dataclass(frozen=True)
+class VerifyReport(ContextReport):
+    """The result of `verify`; the field names are the JSON keys. What it inherits is of the shortest sequences."""
+
+    contexts: list[ContextReport]
+    """Sequences of up to 1024 tokens, and of the whole context that the model was trained for if that is more."""
     kv_bytes_per_token: PerSide
     """Measured from the caches after a forward pass."""
     absorbed_vs_expanded_max_error: float
@@ -57,14 +70,15 @@ def verify(
 ) -> VerifyReport:
     """Compare a converted model with its source on held-out text.
 
-    Both run in float32 on the CPU and in their stored types on a GPU.
+    Both run in float32 on the CPU and in their stored types on a GPU, or spread over several with `device` "auto". Sequences
+    are as long as the context that the model was trained for, and short ones are measured as well.
 
     Args:
         out: the converted checkpoint.
         against: its source, a folder or a Hub id.
         text: a .txt or .txt.xz file that neither training nor calibration saw, or a data set.
         tokens: how many tokens of it to use, from its start.
-        max_ratio: the highest perplexity ratio that passes; None passes any.
+        max_ratio: the highest perplexity ratio that passes, at any length; None passes any.
         device: "auto", "cpu", "cuda" or "cuda:N".
         revision: branch, tag or commit of the source, if it is a Hub id.
 
@@ -81,12 +95,16 @@ def verify(
     converted_checkpoint, source_checkpoint = open_checkpoint(out), open_checkpoint(against, revision)
     check_pair(converted_checkpoint, source_checkpoint)
     tokenizer = load_tokenizer(source_checkpoint.folder, against)
-    windows = token_windows(read_text(text, tokens), tokenizer, tokens, VERIFICATION_WINDOW)
-    check_vocabulary(windows, source_checkpoint)
+    ids = token_windows(read_text(text, tokens), tokenizer, tokens, tokens)[0]
+    check_vocabulary(ids, source_checkpoint)
+    contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings)
     run_device = choose_device(device)
     dtype = "auto" if run_device.type == "cuda" else torch.float32
-    source, converted = (load_model(checkpoint, run_device, dtype) for checkpoint in (source_checkpoint, converted_checkpoint))
-    return compare(source, converted, windows, max_ratio)
+    source, converted = (
+        load_model(checkpoint, run_device, dtype, spread=device == "auto")
+        for checkpoint in (source_checkpoint, converted_checkpoint)
+    )
+    return compare(source, converted, contexts, max_ratio)
 
 
 def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
@@ -103,45 +121,84 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 
 
+def context_windows(ids: Tensor, context: int) -> list[Tensor]:
+    """Cut a text to sequences of each length that is measured.
+
+    Args:
+        ids: tokens of the text [tokens].
+        context: tokens that the model was trained to attend to.
+
+    Returns:
+        Token windows [windows, tokens], the shortest first; there is always one, of the whole text if that is short.
+    """
+    lengths = [min(VERIFICATION_WINDOW, context, len(ids))]
+    if context > VERIFICATION_WINDOW:
+        if len(ids) >= context:
+            lengths.append(context)
+        else:
+            logger.warning(
+                "not measured at the model's full context of %s tokens: there are %s; more --tokens of a longer text are needed",
+                f"{context:,}",
+                f"{len(ids):,}",
+            )
+    return [ids[: len(ids) // length * length].view(-1, length) for length in lengths]
+
+
 @torch.no_grad()
-def compare(source: Any, converted: Any, windows: Tensor, max_ratio: float | None) -> VerifyReport:
-    """Measure two models on token windows [windows, tokens]; see `verify`."""
-    total = Comparison()
-    for ids in tqdm(windows, desc="verifying", unit="window"):
-        ids = ids.unsqueeze(0).to(source.device)
-        first, second = (model(input_ids=ids, use_cache=False).logits[0] for model in (source, converted))
-        total.add(first, second, ids[0])
-    measures = total.result()
-    ratio = measures["perplexity_ratio"]
-    prompt = windows[:1].to(source.device)
+def compare(source: Any, converted: Any, contexts: list[Tensor], max_ratio: float | None) -> VerifyReport:
+    """Measure two models on token windows [windows, tokens] of several lengths; see `verify`."""
+    reports = [compare_at(source, converted, windows) for windows in contexts]
+    prompt = contexts[0][:1]
     return VerifyReport(
-        **measures,
-        tokens=windows.numel(),
+        **vars(reports[0]),
+        contexts=reports,
         kv_bytes_per_token=PerSide(measured_bytes(source, prompt), measured_bytes(converted, prompt)),
         absorbed_vs_expanded_max_error=decoding_error(converted, prompt),
-        verdict=verdict(ratio, max_ratio),
-        passed=max_ratio is None or ratio <= max_ratio,
+        verdict=verdict(reports, max_ratio),
+        passed=max_ratio is None or all(report.perplexity_ratio <= max_ratio for report in reports),
         dtype=str(converted.dtype).removeprefix("torch."),
     )
 
 
-def verdict(ratio: float, max_ratio: float | None) -> str:
-    """What the perplexity ratio means, in words."""
-    if max_ratio is not None and ratio > max_ratio:
-        return f"failed: the perplexity ratio {ratio:.4f} is above {max_ratio}"
-    if ratio > HEALING_RATIO:
-        return f"needs fine-tuning: perplexity rose by {ratio - 1:.1%}"
-    return f"good: perplexity changed by {ratio - 1:+.1%}"
+def compare_at(source: Any, converted: Any, windows: Tensor) -> ContextReport:
+    """Measure two models on token windows [windows, tokens]."""
+    total = Comparison()
+    for ids in tqdm(windows, desc=f"verifying at {windows.shape[1]:,} tokens", unit="window"):
+        first, second = (
+            model.model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
+            for model in (source, converted)
+        )
+        total.add_states(first, second, (source.lm_head, converted.lm_head), ids)
+    return ContextReport(window=windows.shape[1], tokens=windows.numel(), **total.result())
+
+
+def verdict(reports: list[ContextReport], max_ratio: float | None) -> str:
+    """What the perplexity ratios mean, in words; the first report is of the shortest sequences."""
+    words = []
+    worst = max(reports, key=lambda report: report.perplexity_ratio)
+    needy = [report for report in reports if report.perplexity_ratio > HEALING_RATIO]
+    if max_ratio is not None and worst.perplexity_ratio > max_ratio:
+        where = f" at {worst.window:,} tokens" if len(reports) > 1 else ""
+        words.append(f"failed: the perplexity ratio {worst.perplexity_ratio:.4f}{where} is above {max_ratio}")
+    if needy or not words:
+        first = needy[0] if needy else reports[0]
+        change = first.perplexity_ratio - 1
+        said = f"needs fine-tuning: perplexity rose by {change:.1%}" if needy else f"good: perplexity changed by {change:+.1%}"
+        said += f" at {first.window:,} tokens" if first is not reports[0] else ""
+        others = [f"at {report.window:,} tokens: {report.perplexity_ratio - 1:+.1%}" for report in reports if report is not first]
+        words.append(said + (f" ({', '.join(others)})" if others else ""))
+    return "; ".join(words)
 
 
 def measured_bytes(model: Any, prompt: Tensor) -> int:
     """Bytes per token of the cache that a forward pass over a prompt [1, T] leaves behind."""
-    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(input_ids=prompt.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
     return cache_bytes(cache) // prompt.shape[1]
 
 
 def decoding_error(model: Any, prompt: Tensor) -> float:
     """Largest logit difference between one expanded pass over a prompt [1, T] and decoding its end token by token."""
+    prompt = prompt.to(model.device)
     decoded = min(DECODED_TOKENS, prompt.shape[1] - 1)
     expected = model(input_ids=prompt, use_cache=False, logits_to_keep=decoded).logits
     cache = model(input_ids=prompt[:, :-decoded], use_cache=True, logits_to_keep=1).past_key_values

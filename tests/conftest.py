@@ -2,6 +2,9 @@
 
 import os
 
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does
+
 import pytest
 import torch
 import transformers
@@ -88,5 +91,5 @@ def mla():
 def converted(tmp_path_factory):
     """The bundled model, converted as `hf-mla demo` does but on less text; a folder and the report."""
     folder = tmp_path_factory.mktemp("bundled") / "mla"
-    report = convert(MODEL, str(folder), calibration_tokens=16384, device="cpu")
+    report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=16384, steps=20, device="cpu")
     return str(folder), report

@@ -3,10 +3,8 @@
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, plan, verify
-from hf_mla_conversion import converter as converter_module
-from hf_mla_conversion.checkpoint import INDEX, ShardWriter, open_checkpoint
+from hf_mla_conversion.checkpoint import DTYPES, INDEX, ShardWriter, TensorHeader, open_checkpoint
 from hf_mla_conversion.cli import main
 
 
@@ -25,7 +22,8 @@ PLAN_KEYS = {"model_type", "supported", "reason", "num_hidden_layers", "kv_lora_
 PLAN_KEYS |= {"kv_floats_per_token_per_layer", "kv_bytes_per_token", "kv_ratio", "peak_memory_bytes", "bytes_read", "bytes_written"}
 VERIFY_KEYS = {"perplexity", "perplexity_ratio", "kl", "top1_agreement", "tokens", "kv_bytes_per_token"}
 VERIFY_KEYS |= {"absorbed_vs_expanded_max_error", "verdict"}
-QUICK = ["--calibration-tokens", "2048", "--device", "cpu"]
+QUICK = ["--calibration-tokens", "2048", "--steps", "0", "--device", "cpu"]
+SMALL = {"calibration_tokens": 1024, "steps": 0, "device": "cpu"}
 
 
 def run(capsys, *words):
@@ -80,6 +78,9 @@ def test_convert_verify_info(capsys, tmp_path):
     result = json.loads(out)
     assert code == 0
     assert set(result) >= PLAN_KEYS | {"seconds", "calibration_tokens", "layers", "output"}
+    tried = {(c["kv_lora_rank"], c["qk_rope_head_dim"]): c["error"] for c in result["candidates"]}
+    assert (80, 16) in tried
+    assert min(tried, key=tried.get) == (result["kv_lora_rank"], result["qk_rope_head_dim"])
     assert [layer["layer"] for layer in result["layers"]] == list(range(6))
     assert all(0 < layer["error_closed_form"] < 0.5 and 0.5 < layer["energy_kept"] <= 1 for layer in result["layers"])
     assert all(layer["error_reconstructed"] is None for layer in result["layers"])
@@ -123,11 +124,11 @@ def test_perplexity_is_transformers_own(converted):
 
 
 def test_quality_of_the_bundled_model():
-    """What the demo shows: 68.75 % less cache. Measured 1.42; a regression of the mathematics shows here first."""
+    """The closed form at 68.75 % less cache. Measured 1.42; a regression of the mathematics shows here first."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        convert(MODEL, f"{scratch}/out", device="cpu", calibration_tokens=32768)
+        convert(MODEL, f"{scratch}/out", kv_lora_rank=44, qk_rope_head_dim=16, steps=0, device="cpu", calibration_tokens=32768)
         ratio = verify(f"{scratch}/out", against=MODEL, text=VALIDATION, tokens=16384, device="cpu").perplexity_ratio
     assert ratio < 1.5, ratio
 
@@ -135,7 +136,7 @@ def test_quality_of_the_bundled_model():
 def test_same_seed_same_weights(tmp_path):
     contents = []
     for name in ("a", "b"):
-        convert(MODEL, str(tmp_path / name), calibration_tokens=2048, device="cpu", seed=3)
+        convert(MODEL, str(tmp_path / name), calibration_tokens=2048, steps=3, device="cpu", seed=3)
         contents.append((tmp_path / name / "model.safetensors").read_bytes())
     assert contents[0] == contents[1]
 
@@ -149,7 +150,7 @@ def test_same_seed_same_weights(tmp_path):
 def test_any_llama(tmp_path, dtype, changes):
     source = make_llama(tmp_path / "source", dtype=dtype, shard_size="100KB", **changes)
     assert (Path(source) / INDEX).is_file()
-    report = convert(source, str(tmp_path / "out"), kv_budget=0.5, calibration_tokens=1024, device="cpu")
+    report = convert(source, str(tmp_path / "out"), kv_budget=0.5, **SMALL)
     assert report.kv_ratio <= 0.5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == dtype
@@ -160,19 +161,12 @@ def test_any_llama(tmp_path, dtype, changes):
 
 
 def test_dtype_of_the_output(tmp_path):
-    convert(MODEL, str(tmp_path / "out"), calibration_tokens=1024, device="cpu", dtype="float32")
+    convert(MODEL, str(tmp_path / "out"), **SMALL, dtype="float32")
     assert open_checkpoint(str(tmp_path / "out")).dtype == "F32"
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.float32
 
 
-def test_local_weighting_where_the_backward_pass_does_not_fit(tmp_path, monkeypatch, caplog):
-    needed = converter_module.memory_estimate(open_checkpoint(MODEL), backward=True)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": needed - 1}))
-    report = convert(MODEL, str(tmp_path / "out"), calibration_tokens=16384, device="cpu")
-    assert report.weighting == "local"
-    assert "backward pass does not fit" in caplog.text
-    ratio = verify(str(tmp_path / "out"), against=MODEL, text=VALIDATION, tokens=8192, device="cpu").perplexity_ratio
-    assert ratio < 2
+def test_too_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     with pytest.raises(UserError, match="GB are free"):
         convert(MODEL, str(tmp_path / "none"), device="cpu")
@@ -180,14 +174,15 @@ def test_local_weighting_where_the_backward_pass_does_not_fit(tmp_path, monkeypa
 
 
 def test_shards_are_named_when_their_number_is_known(tmp_path):
-    writer = ShardWriter(tmp_path, shard_bytes=100)
-    tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.finish()
+    dtypes = [torch.bfloat16, torch.float32, torch.float64, torch.float32, torch.float16, torch.float32]
+    tensors = {f"t{i}": torch.randn(2, 5).to(dtype) for i, dtype in enumerate(dtypes)}
+    headers = {name: TensorHeader((2, 5), DTYPES[str(tensor.dtype)[6:]]) for name, tensor in tensors.items()}
+    ShardWriter(tmp_path, headers, shard_bytes=100).write(tensors.__getitem__)
     index = json.loads((tmp_path / INDEX).read_text())
     assert set(index["weight_map"].values()) == {f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)}
-    assert index["metadata"]["total_size"] == 200
+    assert index["metadata"]["total_size"] == 240
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
 
 
 def test_hub_id_from_the_local_cache(tmp_path, monkeypatch, capsys):
@@ -207,7 +202,7 @@ def test_hub_id_from_the_local_cache(tmp_path, monkeypatch, capsys):
 
 def test_options_from_a_file(tmp_path, capsys):
     (tmp_path / "options.yaml").write_text("kv-budget: 0.5\ncalibration_tokens: 1024\ndevice: cpu\n")
-    words = ["convert", MODEL, tmp_path / "out", "--config", tmp_path / "options.yaml"]
+    words = ["convert", MODEL, tmp_path / "out", "--steps", 0, "--config", tmp_path / "options.yaml"]
     code, out, _ = run(capsys, *words, "--calibration-tokens", 2048, "--json")
     assert code == 0
     assert (json.loads(out)["kv_ratio"], json.loads(out)["calibration_tokens"]) == (0.5, 2048)
@@ -227,7 +222,7 @@ def test_upload(tmp_path, monkeypatch):
             calls.append(("upload", options["repo_id"], Path(options["folder_path"]).name))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    convert(MODEL, str(tmp_path / "out"), calibration_tokens=1024, device="cpu", push_to="me/mine")
+    convert(MODEL, str(tmp_path / "out"), **SMALL, push_to="me/mine")
     assert calls == [("create", "me/mine", {"private": True, "exist_ok": True}), ("upload", "me/mine", "out")]
 
 
@@ -272,7 +267,7 @@ DAMAGES = {
     "absent shard": (absent_shard, "names model-00007-of-00009.safetensors, which is not there"),
     "gpt2": (change_config(model_type="gpt2"), "'gpt2' is not supported; supported: llama"),
     "unknown type": (change_config(model_type="mystery"), "'mystery' is not supported; supported: llama"),
-    "biases": (change_config(attention_bias=True), "attention_bias is true"),
+    "biases": (change_config(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
     "yarn": (
         change_config(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
         "'yarn' is not supported; supported: default, linear, llama3",
@@ -287,7 +282,7 @@ DEEP_DAMAGES = {
     "missing MLP": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "does not hold model.layers.2.mlp"),
     "stale layers": (change_config(num_hidden_layers=4), "holds, beyond what its config.json describes, model.layers.4."),
     "not finite": (change_weights(lambda t: t["model.norm.weight"].fill_(math.nan)), "not finite"),
-    "other MLP width": (change_config(intermediate_size=256), "cannot be loaded"),
+    "other MLP width": (change_config(intermediate_size=256), "config.json announces [256, 192]"),
     "unknown activation": (change_config(hidden_act="nonsense"), "cannot be loaded"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "no usable tokenizer"),
 }
@@ -352,7 +347,7 @@ def test_output_is_not_overwritten_by_accident(capsys, tmp_path):
     assert run(capsys, "convert", MODEL, tmp_path / "out", *QUICK)[0] == 0
     assert "exists and is not empty" in refuses(capsys, "convert", MODEL, tmp_path / "out", *QUICK)
     assert run(capsys, "convert", MODEL, tmp_path / "out", "--overwrite", *QUICK)[0] == 0
-    assert "only 0 (the closed form)" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--steps", 5)
+    assert "--steps is -5; allowed: 0" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--steps", -5)
     assert "is not available" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--device", "tpu")
 
 
@@ -398,21 +393,6 @@ def test_no_disk_space(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
     assert "No space left on device" in refuses(capsys, "convert", MODEL, tmp_path / "out", *QUICK)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_interrupt_leaves_nothing_behind(tmp_path):
-    command = [sys.executable, "-m", "hf_mla_conversion.cli", "convert", MODEL, str(tmp_path / "out"), "--device", "cpu"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    seen = ""
-    while "calibrating" not in seen and process.poll() is None:
-        seen += process.stderr.read(1)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors
-    assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
 
 

@@ -35,7 +35,7 @@ CASES = {
 def test_logits_equal_the_originals_in_float64(tmp_path, changes, rank, rope_dim):
     source = make_llama(tmp_path / "source", dtype=torch.float64, **changes)
     out = str(tmp_path / "out")
-    convert(source, out, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, calibration_tokens=2048, device="cpu")
+    convert(source, out, kv_lora_rank=rank, qk_rope_head_dim=rope_dim, calibration_tokens=2048, steps=0, device="cpu")
     original, converted = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64).eval() for path in (source, out))
     assert type(converted).__name__ == "LlamaMLAForCausalLM"
     ids = torch.randint(3, 4096, (2, 96))
@@ -55,7 +55,7 @@ def test_dropping_something_is_not_exact(tmp_path):
     """Guards the test above: independent heads cannot be kept in one rotary key."""
     source = make_llama(tmp_path / "source", dtype=torch.float64)
     out = str(tmp_path / "out")
-    convert(source, out, kv_lora_rank=48, qk_rope_head_dim=16, calibration_tokens=2048, device="cpu")
+    convert(source, out, kv_lora_rank=48, qk_rope_head_dim=16, calibration_tokens=2048, steps=0, device="cpu")
     ids = torch.randint(3, 4096, (1, 96))
     with torch.no_grad():
         logits = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64)(ids).logits for path in (source, out)]

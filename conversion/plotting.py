@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A picture of a conversion (`info --plot`), from what its conversion.json holds; matplotlib is an optional extra."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import user_path
+from .errors import UserError, brief
+
+
+FORMATS = (".png", ".svg", ".pdf")
+LEAST_SHARE = 1e-7  # of the energy; what lies below is rounding, and would take up most of a logarithmic axis
+
+
+def check_plot(plot: str) -> Path:
+    """The path of a picture, or a UserError if nothing can draw it."""
+    path = user_path(plot)
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError('--plot needs matplotlib, which is not installed: pip install "hf-mla[plot]"') from None
+    return path
+
+
+def plot_conversion(record: Path, name: str, plot: str) -> None:
+    """Draw the spectra of all layers and their errors, in closed form and reconstructed.
+
+    Args:
+        record: the conversion.json of a converted checkpoint.
+        name: of the checkpoint, for the title.
+        plot: file to write; its suffix says the format.
+
+    Raises:
+        UserError: there is no such record, it is damaged, or the file cannot be written.
+    """
+    path = check_plot(plot)
+    if not record.is_file():
+        raise UserError(f"{name} has no {record.name}; only the folder that `hf-mla convert` wrote can be drawn")
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        figure = draw(content["spectra"], content["report"], name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}/{record.name} cannot be drawn, it is damaged: {brief(repr(error))}") from None
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
+
+
+def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
+    """The figure: spectra on the left, errors on the right.
+
+    Args:
+        spectra: of each layer, the share of energy in each direction, descending.
+        report: of the conversion, as it is stored.
+        name: the title.
+
+    Returns:
+        A matplotlib figure, which belongs to no window and no global state.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(name, parse_math=False)
+
+    last, colours = max(1, len(spectra) - 1), colormaps["viridis"]
+    for layer, spectrum in enumerate(spectra):
+        left.plot(range(1, len(spectrum) + 1), spectrum, color=colours(layer / last), linewidth=1)
+    left.axvline(report["kv_lora_rank"], color="black", linestyle="--", linewidth=1)
+    left.annotate(
+        f" kv_lora_rank {report['kv_lora_rank']}", (report["kv_lora_rank"], 1), (0, -12), ("data", "axes fraction"), "offset points"
+    )
+    figure.colorbar(ScalarMappable(Normalize(0, last), colours), ax=left, label="layer", ticks=MaxNLocator(integer=True))
+    left.set(yscale="log", xlabel="direction", ylabel="share of energy", title="What the latent keeps: left of the line")
+    left.set_ylim(bottom=max(LEAST_SHARE, left.get_ylim()[0]))
+
+    layers = [layer["layer"] for layer in report["layers"]]
+    for key, label in (("error_closed_form", "closed form"), ("error_reconstructed", "reconstructed")):
+        errors = [layer[key] for layer in report["layers"]]
+        if None not in errors:
+            right.plot(layers, errors, marker="o", markersize=4, label=label)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(xlabel="layer", ylabel="relative squared error", title="Error of the attention output, on held-back text")
+    right.set_ylim(bottom=0)
+    right.legend()
+    return figure

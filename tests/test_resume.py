@@ -1,0 +1,147 @@
+"""A conversion that is stopped at any moment goes on, and ends as if it had not been."""
+
+import hashlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import MODEL, make_source
+from safetensors import safe_open
+
+from hf_mla_conversion import UserError, convert
+from hf_mla_conversion import converter as converter_module
+
+
+OPTIONS = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "steps": 4, "device": "cpu"}
+WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
+
+
+def command(source, out, *words):
+    return [sys.executable, "-m", "hf_mla_conversion.cli", "convert", str(source), str(out), *WORDS, *words]
+
+
+def fingerprint(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Fingerprint of a conversion that nothing stopped."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(MODEL, str(out), **OPTIONS)
+    return fingerprint(out)
+
+
+def test_killed_at_random_moments(tmp_path, whole):
+    chance = random.Random(0)
+    kills = 0
+    while not (tmp_path / "out").exists():
+        process = subprocess.Popen(command(MODEL, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(chance.uniform(2, 9) + kills)  # longer every time, lest it never ends
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait()
+        assert kills < 20
+    assert kills > 0
+    assert fingerprint(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("stage", ["survey", "convert_attention", "write_checkpoint"])
+def test_interrupted_in_any_stage(tmp_path, monkeypatch, whole, stage):
+    original, calls = getattr(converter_module, stage), []
+
+    def stop(*arguments, **options):
+        calls.append(stage)
+        if len(calls) == (3 if stage == "convert_attention" else 1):
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(converter_module, stage, stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(MODEL, str(tmp_path / "out"), **OPTIONS)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    converted = []
+    monkeypatch.setattr(
+        converter_module, "convert_attention", lambda *a, f=converter_module.convert_attention: converted.append(1) or f(*a)
+    )
+    convert(MODEL, str(tmp_path / "out"), **OPTIONS)
+    assert len(converted) == {"survey": 6, "convert_attention": 4, "write_checkpoint": 0}[stage]  # of six layers
+    assert fingerprint(tmp_path / "out") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    process = subprocess.Popen(command(MODEL, tmp_path / "out", "--restart"), stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "converting" not in seen and process.poll() is None:
+        seen += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    line = next(line for line in errors.splitlines() if "interrupted; to go on: hf-mla convert" in line)
+    assert "--restart" not in line
+    assert [path.name for path in tmp_path.iterdir()] == [".out.incomplete"]
+
+
+def interrupted(tmp_path, monkeypatch, source):
+    def stop(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converter_module, "convert_attention", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(source), str(tmp_path / "out"), **OPTIONS)
+
+
+def test_other_work_is_not_taken_up(tmp_path, monkeypatch):
+    source = make_source(tmp_path / "source", "Llama", head_dim=32)
+    interrupted(tmp_path, monkeypatch, source)
+    (tmp_path / "text.txt").write_text("A captain and the sea. " * 9000)
+    for change, named in (
+        ({"seed": 1}, "calibration_sha256, seed (was 0, is 1)"),
+        ({"steps": 5}, "steps (was 4, is 5)"),
+        ({"dtype": "bfloat16"}, "dtype (was auto, is bfloat16)"),
+        ({"kv_lora_rank": 40}, "sizes"),
+        ({"calibration": str(tmp_path / "text.txt")}, "calibration_sha256"),
+    ):
+        with pytest.raises(UserError, match="unfinished work of another conversion") as refused:
+            convert(source, str(tmp_path / "out"), **(OPTIONS | change))
+        assert named in str(refused.value)
+    make_source(tmp_path / "source", "Llama", head_dim=32, rms_norm_eps=1e-3)
+    with pytest.raises(UserError, match="config.json of source_sha256"):
+        convert(source, str(tmp_path / "out"), **OPTIONS)
+    convert(source, str(tmp_path / "out"), **OPTIONS, restart=True)
+    assert not (tmp_path / ".out.incomplete").exists()
+
+
+def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch, whole):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(converter_module, "write_checkpoint", full)
+        with pytest.raises(UserError, match="No space left on device; what is done so far is kept in"):
+            convert(MODEL, str(tmp_path / "out"), **OPTIONS)
+    assert not (tmp_path / "out").exists()
+    convert(MODEL, str(tmp_path / "out"), **OPTIONS)
+    assert fingerprint(tmp_path / "out") == whole
+
+
+def test_two_processes_write_the_same_bytes(tmp_path, whole):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m"]
+    done = subprocess.run([*launch, *command(MODEL, tmp_path / "out", "--json")[2:]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count('"output"') == 1
+    # A layer is the same whichever process converts it, up to the number of threads that each has.
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 0
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert len(file.keys()) == 62

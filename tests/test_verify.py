@@ -1,0 +1,156 @@
+"""`verify` at two context lengths: what it measures, in how much memory, and what it says of it."""
+
+import json
+import lzma
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import MODEL, VALIDATION
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_mla_conversion import converter, measures, verifier, verify
+from hf_mla_conversion.checkpoint import open_checkpoint
+from hf_mla_conversion.cli import main
+from hf_mla_conversion.measures import Comparison
+from hf_mla_conversion.planner import PerSide
+from hf_mla_conversion.verifier import ContextReport, verdict
+
+
+@pytest.fixture
+def short_windows(monkeypatch):
+    """Short windows of 256 tokens, so that the 1024 of the bundled model are a longer context; logits in odd chunks."""
+    monkeypatch.setattr(verifier, "VERIFICATION_WINDOW", 256)
+    monkeypatch.setattr(measures, "CHUNK", 100)
+
+
+def test_each_context_is_transformers_own_perplexity(converted, short_windows):
+    report = verify(converted[0], against=MODEL, text=VALIDATION, tokens=2100, device="cpu")
+    assert [(context.window, context.tokens) for context in report.contexts] == [(256, 2048), (1024, 2048)]
+    with lzma.open(VALIDATION, "rt") as file:
+        ids = AutoTokenizer.from_pretrained(MODEL)(file.read(50_000), return_tensors="pt")["input_ids"][:, :2048]
+    for path, side in ((MODEL, "source"), (converted[0], "converted")):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        for context in report.contexts:
+            windows = ids.view(-1, context.window)
+            with torch.no_grad():
+                loss = model(windows, labels=windows).loss
+            assert math.isclose(math.exp(loss), getattr(context.perplexity, side), rel_tol=1e-4)
+    for name in ("window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"):
+        assert getattr(report, name) == getattr(report.contexts[0], name)
+
+
+def test_the_worst_context_is_judged(converted, short_windows):
+    models = [converter.load_model(open_checkpoint(x), torch.device("cpu"), torch.float32) for x in (MODEL, converted[0])]
+    contexts = verifier.context_windows(torch.arange(3, 1027), 1024)
+    ratios = [context.perplexity_ratio for context in verifier.compare(*models, contexts, None).contexts]
+    report = verifier.compare(*models, contexts, sum(ratios) / 2)
+    assert not report.passed
+    assert f"failed: the perplexity ratio {max(ratios):.4f} at " in report.verdict
+    assert verifier.compare(*models, contexts, 1.001 * max(ratios)).passed
+
+
+def test_a_line_for_each_context(capsys, converted, short_windows):
+    words = ["verify", converted[0], "--against", MODEL, "--text", VALIDATION, "--tokens", "1024", "--device", "cpu"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("at 256 tokens ") and lines[1].startswith("at 1,024 tokens ")
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["contexts"][1]) == {"window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"}
+    assert result["contexts"][0]["perplexity"] == result["perplexity"]
+
+
+def test_text_shorter_than_the_context(converted, short_windows, caplog):
+    report = verify(converted[0], against=MODEL, text=VALIDATION, tokens=1023, device="cpu")
+    assert [context.window for context in report.contexts] == [256]
+    assert "not measured at the model's full context of 1,024 tokens: there are 1,023" in caplog.text
+
+
+def test_a_model_of_short_context_is_not_measured_beyond_it():
+    assert [windows.shape for windows in verifier.context_windows(torch.arange(1000), 256)] == [(3, 256)]
+    assert [windows.shape for windows in verifier.context_windows(torch.arange(100), 256)] == [(1, 100)]
+    assert [windows.shape for windows in verifier.context_windows(torch.arange(5000), 2048)] == [(4, 1024), (2, 2048)]
+
+
+@pytest.mark.parametrize("tokens", [2, 7, 8, 9, 15, 16, 40])
+def test_chunks_give_what_the_whole_gives(monkeypatch, tokens):
+    monkeypatch.setattr(measures, "CHUNK", 7)
+    torch.manual_seed(0)
+    states, ids = torch.randn(2, tokens, 8), torch.randint(50, (tokens,))
+    heads = torch.nn.Linear(8, 50), torch.nn.Linear(8, 50)
+    sizes = []
+    for head in heads:
+        head.register_forward_hook(lambda _module, _inputs, output: sizes.append(len(output)))
+    whole, chunked = Comparison(), Comparison()
+    with torch.no_grad():
+        chunked.add_states(*states, heads, ids)
+        assert max(sizes) <= 8
+        whole.add(heads[0](states[0]), heads[1](states[1]), ids)
+    assert chunked.predictions == whole.predictions == tokens - 1
+    assert torch.allclose(chunked.sums, whole.sums, rtol=1e-5)
+
+
+VERDICTS = [
+    ([1.02], None, "good: perplexity changed by +2.0%"),
+    ([0.99, 1.04], 1.05, "good: perplexity changed by -1.0% (at 2,048 tokens: +4.0%)"),
+    ([1.071], None, "needs fine-tuning: perplexity rose by 7.1%"),
+    ([1.071, 1.12], None, "needs fine-tuning: perplexity rose by 7.1% (at 2,048 tokens: +12.0%)"),
+    ([0.99, 1.12], None, "needs fine-tuning: perplexity rose by 12.0% at 2,048 tokens (at 1,024 tokens: -1.0%)"),
+    ([1.02], 1.01, "failed: the perplexity ratio 1.0200 is above 1.01"),
+    ([1.02, 1.03], 1.025, "failed: the perplexity ratio 1.0300 at 2,048 tokens is above 1.025"),
+    ([1.071], 1.05, "failed: the perplexity ratio 1.0710 is above 1.05; needs fine-tuning: perplexity rose by 7.1%"),
+]
+
+
+@pytest.mark.parametrize(("ratios", "max_ratio", "words"), VERDICTS)
+def test_verdict(ratios, max_ratio, words):
+    reports = [
+        ContextReport(
+            window=1024 << i, tokens=4096, perplexity=PerSide(10, 10 * ratio), perplexity_ratio=ratio, kl=0, top1_agreement=1
+        )
+        for i, ratio in enumerate(ratios)
+    ]
+    assert verdict(reports, max_ratio) == words
+
+
+@pytest.mark.parametrize(("count", "spread", "device_map"), [(2, True, "auto"), (2, False, None), (1, True, None)])
+def test_models_are_spread_over_several_gpus(monkeypatch, count, spread, device_map):
+    seen = []
+
+    class Model:
+        def to(self, device):
+            seen.append(device)
+            return self
+
+        def eval(self):
+            return self
+
+    def load(_folder, **options):
+        seen.append(options["device_map"])
+        return Model(), {"missing_keys": [], "unexpected_keys": []}
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    device = SimpleNamespace(type="cuda")
+    converter.load_model(open_checkpoint(MODEL), device, "auto", spread=spread)
+    assert seen == ([device_map] if device_map else [None, device])
+
+
+def test_a_dispatched_model_measures_the_same(converted, tmp_path):
+    """Hooks of Accelerate around the parts, as on several GPUs; here they fetch layers that are on disk."""
+    from accelerate import dispatch_model
+
+    checkpoints = open_checkpoint(MODEL), open_checkpoint(converted[0])
+    contexts = verifier.context_windows(torch.arange(3, 300), 128)
+    plain = verifier.compare(*(converter.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints), contexts, None)
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
+    places |= {f"model.layers.{layer}": "disk" for layer in range(6)}
+    models = [converter.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints]
+    for model in models:
+        dispatch_model(model, places, offload_dir=tmp_path / model.config.model_type)
+        assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+    dispatched = verifier.compare(*models, contexts, None)
+    for name in ("perplexity_ratio", "kl", "top1_agreement"):
+        assert math.isclose(getattr(dispatched, name), getattr(plain, name), rel_tol=1e-5), name
