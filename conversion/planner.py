@@ -12,7 +12,7 @@ from .families import FAMILIES, biased_projections, key_norms, refusal, source_h
 
 DEFAULT_KV_BUDGET = 0.3125
 HEAD_TOKENS = 1024  # whose logits are computed at a time
-LIBRARIES = 600_000_000  # bytes that Python, torch and Transformers take
+LIBRARIES = 500_000_000  # bytes that Python, torch and Transformers take
 
 
 @dataclass(frozen=True)

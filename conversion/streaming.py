@@ -7,7 +7,9 @@
 """
 
 import copy
+import ctypes
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +109,7 @@ class LayerStream:
             yield module
         finally:
             module.to("meta")
+            give_back_memory()
 
     def layer(self, index: int) -> Any:
         """A decoder layer with its weights, as a context."""
@@ -125,6 +128,13 @@ class LayerStream:
         with self._filled(self.decoder.embed_tokens, "model.embed_tokens.") as embedding:
             for start in range(0, len(windows), 16):
                 into[start : start + 16] = embedding(windows[start : start + 16].to(self.device)).to(into)
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, which glibc otherwise keeps in pieces: a quarter more with every few layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, file: Path) -> Tensor:
