@@ -9,12 +9,14 @@ they are stored. No layer's result depends on another's: under `accelerate launc
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +198,8 @@ def convert(
         "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
     }
     processes = launched_processes(run_device)
+    if processes.num_processes > 1:
+        run_device = processes.device
     with repeatable(), work_on(path, recipe, processes, restart=restart) as folder:
         job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
@@ -236,7 +240,8 @@ def launched_processes(device: torch.device) -> Any:
     """The processes that `accelerate launch` started, this one among them; without it, this one alone."""
     from accelerate import PartialState
 
-    return PartialState(cpu=device.type == "cpu")
+    # The others wait while the main process surveys the model, however long that takes.
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 @contextmanager
@@ -408,9 +413,12 @@ class Job:
         mla.kv_a_layernorm.variance_epsilon = NORM_EPS
         nn.init.ones_(mla.kv_a_layernorm.weight)
         size = min(max(1, self.scale.step // window), len(train))
-        reconstruct(mla, task, shuffled(train, size, steps, seed=self.seed * len(self.stream) + index))
+        reconstruct(mla, task, shuffled(train, size, steps, seed=(self.seed * len(self.stream) + index) % 2**63))
         task.fit_output(mla, fit)
-        return mla, closed, task.error(mla, held.split(self.batch)), spectrum
+        reconstructed = task.error(mla, held.split(self.batch))
+        if not math.isfinite(reconstructed):
+            raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
+        return mla, closed, reconstructed, spectrum
 
     def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
         """The reports and spectra of all layers, as they were kept."""

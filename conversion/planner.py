@@ -245,7 +245,8 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
     converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank
     fitting = 4 * (5 * mla + step * converted)  # weights, gradient, momentum and work space, in float32
-    closed_form = 8 * (6 * keys_values**2 + 3 * hidden**2 + 4 * queries**2 + 3 * (queries + keys_values) * hidden + 2 * mla)
+    # In float64, and in part complex.
+    closed_form = 8 * (6 * keys_values**2 + 6 * hidden**2 + 4 * queries**2 + 8 * (queries + keys_values) * hidden + 3 * mla)
     return LIBRARIES + max(
         table * width + HEAD_TOKENS * config.vocab_size * 16,
         tokens * hidden * width + layer * width + max(fitting, closed_form),
