@@ -314,8 +314,8 @@ class Job:
         Returns:
             The sizes with their errors.
         """
-        prepared = self.folder / "prepared.json"
-        if processes.is_main_process and not prepared.exists():
+        surveyed, prepared = self.folder / "surveyed.json", self.folder / "prepared.json"
+        if processes.is_main_process and not surveyed.exists():
             while (context := survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)) < self.windows.shape[1]:
                 logger.warning(
                     "%s predicts worse beyond %s tokens of context than within: calibrating on sequences of that length",
@@ -323,15 +323,17 @@ class Job:
                     f"{context:,}",
                 )
                 self.split(context)
+            write_json({"window": context}, surveyed)
+        processes.wait_for_everyone()
+        self.split(json.loads(surveyed.read_text(encoding="utf-8"))["window"])
+        if processes.is_main_process and not prepared.exists():
             errors = self.try_sizes(sizes) if len(sizes) > 1 else [0.0]
             candidates = [asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)]
-            write_json({"window": context, "candidates": candidates}, prepared)
+            write_json(candidates, prepared)
         processes.wait_for_everyone()
         for inputs in self.folder.glob("inputs-*") if processes.is_main_process else ():
             inputs.unlink()
-        settled = json.loads(prepared.read_text(encoding="utf-8"))
-        self.split(settled["window"])
-        return [Candidate(**entry) for entry in settled["candidates"]]
+        return [Candidate(**entry) for entry in json.loads(prepared.read_text(encoding="utf-8"))]
 
     def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to."""
@@ -340,16 +342,21 @@ class Job:
         train = self.surveyed[: count - count // 4]
         total = len(self.stream)
         probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
-        errors = [0.0 for _ in sizes]
+        errors = []
         for index in tqdm(probed, desc="trying sizes", unit="layer"):
-            states = layer_inputs(self.folder, index)
-            with self.stream.layer(index) as layer:
-                for number, (rank, rope_dim) in enumerate(sizes):
-                    config = self.config(rank, rope_dim, "float32")
-                    steps = min(self.steps, PROBE_STEPS)
-                    _, closed, reconstructed, _ = self.convert_layer(index, layer, states, config, train, held, steps)
-                    errors[number] += (closed if reconstructed is None else reconstructed) / len(probed)
-        return errors
+            tried = self.folder / f"tried-{index:04}.json"
+            if not tried.exists():
+                measured = []
+                with self.stream.layer(index) as layer:
+                    for rank, rope_dim in sizes:
+                        config = self.config(rank, rope_dim, "float32")
+                        _, closed, reconstructed, _ = self.convert_layer(
+                            index, layer, layer_inputs(self.folder, index), config, train, held, min(self.steps, PROBE_STEPS)
+                        )
+                        measured.append(closed if reconstructed is None else reconstructed)
+                write_json(measured, tried)
+            errors.append(json.loads(tried.read_text(encoding="utf-8")))
+        return [sum(column) / len(probed) for column in zip(*errors, strict=True)]
 
     def convert_layers(self, config: Any, processes: Any) -> None:
         """Convert this process's share of the layers that are not done yet."""
