@@ -18,7 +18,7 @@ from .verifier import VerifyReport, verify
 
 PROMPT = "The captain looked at the sea and"
 NEW_TOKENS = 48
-STEPS = 280
+STEPS = 320
 
 
 @dataclass(frozen=True)
