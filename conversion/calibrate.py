@@ -123,7 +123,8 @@ def trained_context(losses: Tensor) -> int:
     """How many tokens a model can look back on to any good, by its mean loss at each position [tokens - 1].
 
     `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by a nat and more, where
-    within it falls with every token of context. The length is halved until its second half is not worse than what comes before.
+    within it falls with every token of context. The length is halved until its second half is not worse than what comes before,
+    down to 256.
     """
     length = len(losses) + 1
     while length % 2 == 0 and length >= 512:

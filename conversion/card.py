@@ -10,7 +10,7 @@ from .checkpoint import Checkpoint
 HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
 
 if TYPE_CHECKING:
-    from .converter import ConvertReport
+    from .reports import ConvertReport
 
 CARD = """---
 {metadata}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+RECORD = "conversion.json"  # how a converted checkpoint was made
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
@@ -376,7 +377,7 @@ def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) 
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"output folder {out} exists and is not empty; choose another, or pass --overwrite")
-        if not (path / "conversion.json").is_file() or any(entry.is_dir() for entry in path.iterdir()):
+        if not (path / RECORD).is_file() or any(entry.is_dir() for entry in path.iterdir()):
             raise UserError(f"{out} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
     existing = next(parent for parent in path.parents if parent.exists())
     try:

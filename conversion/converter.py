@@ -11,11 +11,10 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,90 +27,28 @@ import hf_mla
 from hf_mla.modeling_mla import MLAAttention
 
 from .calibrate import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
-from .card import model_card
-from .checkpoint import DTYPES, Checkpoint, ShardWriter, TensorHeader, check_output, load_file, open_checkpoint, save_file
+from .checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
 from .closed_form import convert_attention, mla_config
-from .errors import UserError, brief
-from .families import FAMILIES, refusal
+from .errors import UserError
+from .families import refusal
+from .loading import check_vocabulary, choose_device, compute_dtype, load_tokenizer
 from .measures import Comparison
-from .planner import SCALES, PerSide, PlanReport, check_memory, make_plan, possible_sizes
-from .progress import source_fingerprint, token_fingerprint, work_on, write_json
+from .planner import SCALES, PlanReport, check_memory, make_plan, possible_sizes
+from .progress import layer_file, source_fingerprint, token_fingerprint, work_on, write_json
 from .reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
+from .reports import Candidate, ConvertReport, LayerReport
 from .streaming import LayerStream, allocate
 from .text import read_text, token_windows
+from .writing import check_repository, upload, write_checkpoint
 
 
 logger = logging.getLogger(__name__)
 
-# The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
-REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "modeling_mla.py")
-CARRIED = [
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
 STEPS = 400
 SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
 FIT_TOKENS = 1 << 15  # for least squares
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How well one layer was converted; errors are relative squared ones of the attention output, on held-back text."""
-
-    layer: int
-    energy_kept: float
-    """Share of the gradient-weighted energy of keys and values that the latent keeps."""
-    error_closed_form: float
-    error_reconstructed: float | None = None
-
-    @property
-    def error(self) -> float:
-        """Of the layer as it is stored."""
-        return self.error_closed_form if self.error_reconstructed is None else self.error_reconstructed
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to spend a budget, and the mean error of the layers that were tried with it."""
-
-    kv_lora_rank: int
-    qk_rope_head_dim: int
-    error: float
-
-
-@dataclass(frozen=True)
-class ConvertReport(PlanReport):
-    """The result of `convert`; the field names are the JSON keys."""
-
-    seconds: float = 0.0
-    """Of this run; what an interrupted one had done before is not counted."""
-    calibration_tokens: int = 0
-    window: int = 0
-    """Tokens in a sequence of calibration text."""
-    steps: int = 0
-    candidates: list[Candidate] = field(default_factory=list)
-    """What a budget was tried with; empty where the sizes were given."""
-    layers: list[LayerReport] = field(default_factory=list)
-    held_back_tokens: int = 0
-    """Calibration text that nothing was fitted to; what follows is measured on it."""
-    perplexity: PerSide | None = None
-    perplexity_ratio: float | None = None
-    kl: float | None = None
-    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
-    top1_agreement: float | None = None
-    """Share of positions at which both models find the same token likeliest."""
-    output: str = ""
 
 
 def convert(
@@ -165,8 +102,6 @@ def convert(
     started = time.perf_counter()
     if steps < 0:
         raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
-    if qk_norm not in ("exact", "fold"):
-        raise UserError(f"--qk-norm is {qk_norm}; allowed: exact, fold")
     checkpoint = open_checkpoint(source, revision)
     reason = refusal(checkpoint.config)
     if reason is not None:
@@ -287,14 +222,9 @@ class Job:
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
         count = len(self.windows)
-        held = min(HELD_BACK, count // 8)
-        self.train = torch.arange(count - held)
-        self.held = torch.arange(count - held, count) if held else self.train
+        held = min(HELD_BACK, max(1, count // 8))
+        self.train, self.held = torch.arange(count).split([count - held, held])
         self.surveyed = self.train[: max(4, SURVEY_TOKENS // window)]
-
-    def layer_file(self, index: int) -> Path:
-        """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
-        return self.folder / f"layer-{index:04}.safetensors"
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
         """The configuration of the converted model."""
@@ -336,7 +266,7 @@ class Job:
         return [Candidate(**entry) for entry in json.loads(prepared.read_text(encoding="utf-8"))]
 
     def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
-        """Mean error of a few layers at each size, on surveyed text that they were not fitted to."""
+        """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""
         count = len(self.surveyed)
         held = self.surveyed[count - count // 4 :] if count >= 4 else self.surveyed
         train = self.surveyed[: count - count // 4]
@@ -360,7 +290,7 @@ class Job:
 
     def convert_layers(self, config: Any, processes: Any) -> None:
         """Convert this process's share of the layers that are not done yet."""
-        done = [self.layer_file(index).exists() for index in range(len(self.stream))]
+        done = [layer_file(self.folder, index).exists() for index in range(len(self.stream))]
         if all(done):
             return
         states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
@@ -374,13 +304,16 @@ class Job:
                     )
                     kept = float(spectrum[: config.kv_lora_rank].sum())
                     report = LayerReport(index, kept, closed, reconstructed)
-                    metadata = {"report": json.dumps(asdict(report)), "spectrum": json.dumps(rounded(spectrum))}
+                    metadata = {
+                        "report": json.dumps(asdict(report)),
+                        "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
+                    }
                     weights = {}
                     for name, tensor in mla.state_dict().items():
                         # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
                         wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-                    save_file(weights, self.layer_file(index), metadata)
+                    save_file(weights, layer_file(self.folder, index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
 
     def convert_layer(
@@ -412,7 +345,6 @@ class Job:
         mla, spectrum = convert_attention(
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
-        mla = mla.to(task.wide)
         task.fit_output(mla, fit)
         closed = task.error(mla, held.split(self.batch))
         if not steps:
@@ -433,7 +365,7 @@ class Job:
 
         reports, spectra = [], []
         for index in range(len(self.stream)):
-            with safe_open(self.layer_file(index), framework="pt") as file:
+            with safe_open(layer_file(self.folder, index), framework="pt") as file:
                 metadata = file.metadata()
             reports.append(LayerReport(**json.loads(metadata["report"])))
             spectra.append(json.loads(metadata["spectrum"]))
@@ -442,7 +374,7 @@ class Job:
     @torch.no_grad()
     def measure(self, config: Any) -> dict[str, Any]:
         """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
-        windows = self.windows[self.held[:HELD_BACK]]
+        windows = self.windows[self.held]
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
@@ -451,7 +383,7 @@ class Job:
             call = self.stream.calls[index]
             embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
             mla = MLAAttention(config, index)
-            mla.load_state_dict(load_file(self.layer_file(index)))
+            mla.load_state_dict(load_file(layer_file(self.folder, index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
                 original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
@@ -467,154 +399,17 @@ class Job:
 
 
 def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, window: int, seed: int) -> Tensor:
-    """Calibration token ids [windows, tokens], drawn from the text with the seed."""
-    if tokens < 2:
-        raise UserError(f"--calibration-tokens is {tokens}; at least 2 are needed, 65536 are usual")
+    """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
+    if tokens < 4:
+        raise UserError(f"--calibration-tokens is {tokens}; at least 4 are needed, 131072 and more are usual")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
     text = read_text(calibration, tokens, spread=4)
     windows = token_windows(text, tokenizer, tokens, window, seed)
+    if len(windows) == 1:
+        if windows.shape[1] < 4:
+            raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")
+        windows = windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1)
     check_vocabulary(windows, checkpoint)
     return windows
-
-
-def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:
-    """Raise a UserError if the tokenizer knows more tokens than the model."""
-    highest, known = int(windows.max()), checkpoint.config.vocab_size
-    if highest >= known:
-        raise UserError(f"the tokenizer of {checkpoint.name} gives token {highest}, the model knows {known}; it is another model's")
-
-
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
-    """A causal language model in evaluation mode, with every weight from the checkpoint and none left over.
-
-    Args:
-        checkpoint: what to load; on disk.
-        device: where to put it.
-        dtype: what to compute in; "auto" for what is stored.
-        spread: put it on all GPUs, if `device` is one and there are more.
-
-    Returns:
-        The model; its `device` is where inputs go.
-
-    Raises:
-        UserError: weights are missing, left over or of the wrong shape, or the configuration is not one of a working model.
-    """
-    from transformers import AutoModelForCausalLM
-
-    assert checkpoint.folder is not None
-    device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
-    except Exception as error:  # any type: what a configuration can break is up to the library
-        raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
-    model, loading = loaded
-    for kind, what in (("missing_keys", "does not hold"), ("unexpected_keys", "holds, beyond what its config.json describes,")):
-        names = sorted(name for name in loading[kind] if not name.endswith("inv_freq"))
-        if names:
-            raise UserError(f"{checkpoint.name} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
-    return (model if device_map else model.to(device)).eval()
-
-
-def load_tokenizer(folder: Path | None, name: str) -> Any:
-    """The tokenizer of a checkpoint, or a UserError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # many types for many damages; all of them mean that there is no usable tokenizer
-        raise UserError(f"{name} has no usable tokenizer ({brief(error)}); copy tokenizer files there") from None
-
-
-def choose_device(device: str) -> torch.device:
-    """Resolve "auto", and refuse a device that is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError):
-        chosen = torch.device("meta")
-    if chosen.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N")
-    return chosen
-
-
-def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """What the source is computed in: its own type on a GPU if that is bfloat16, float64 if it is stored so, else float32."""
-    if checkpoint.dtype == "F64":
-        return torch.float64
-    return torch.bfloat16 if checkpoint.dtype == "BF16" and device.type == "cuda" else torch.float32
-
-
-def rounded(spectrum: Tensor) -> list[float]:
-    """A spectrum as short numbers."""
-    return [float(f"{value:.3g}") for value in spectrum.tolist()]
-
-
-def write_checkpoint(
-    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
-) -> None:
-    """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
-    assert source.folder is not None
-    folder = work / "output"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
-    wanted = None if recipe["dtype"] == "auto" else dtype
-    prefix = FAMILIES[source.config.model_type].attention
-    attention = tuple(prefix.format(layer=layer) for layer in range(config.num_hidden_layers))
-    tensors = {
-        name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[recipe["dtype"]])
-        for name, tensor in source.tensors.items()
-        if not name.startswith(attention)
-    }
-    converted: dict[str, Path] = {}
-    for layer, place in enumerate(attention):
-        file = work / f"layer-{layer:04}.safetensors"
-        for name, tensor in load_file(file).items():
-            tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            converted[place + name] = file
-
-    def read(name: str) -> Tensor:
-        if name in converted:
-            return load_file(converted[name])[name.removeprefix(name[: name.index("self_attn.")] + "self_attn.")]
-        return source.load([name], "cpu", wanted)[name]
-
-    ShardWriter(folder, tensors).write(read)
-    for pattern in CARRIED:
-        for carried in source.folder.glob(pattern):
-            shutil.copy(carried, folder / carried.name)
-    package = Path(hf_mla.__file__).parent
-    for file_name in REMOTE_FILES:
-        shutil.copy(package / file_name, folder / file_name)
-    config.save_pretrained(folder)
-    write_json({"recipe": recipe, "report": asdict(report), "spectra": spectra}, folder / "conversion.json")
-    (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
-
-
-def check_repository(repository: str) -> None:
-    """Raise a UserError unless this can be the name of a Hub repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"--push-to {repository}: {brief(error)}") from None
-
-
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished output folder to a Hub repository, which is made (private) if it does not exist."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted to MLA with hf_mla")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{folder} is complete, but uploading it to {repository} failed: {brief(error)}") from None

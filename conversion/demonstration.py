@@ -11,7 +11,9 @@ import torch
 from hf_mla import cache_bytes
 
 from .checkpoint import open_checkpoint
-from .converter import ConvertReport, convert, load_model, load_tokenizer
+from .converter import convert
+from .loading import load_model, load_tokenizer
+from .reports import ConvertReport
 from .text import BUNDLED
 from .verifier import VerifyReport, verify
 

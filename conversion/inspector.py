@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ITEMSIZE, Checkpoint, open_checkpoint
+from .checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
 from .errors import UserError, brief
 from .families import refusal, source_head_dim
 from .plotting import check_plot, plot_conversion
@@ -15,7 +15,6 @@ from .plotting import check_plot, plot_conversion
 PACKAGES = ("hf-mla", "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface-hub", "tokenizers", "triton")
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
 GQA_DIMENSIONS = ("num_key_value_heads", "head_dim")
-CONVERSION = "conversion.json"
 MLA_DIMENSIONS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 
 
@@ -53,7 +52,9 @@ def info(source: str, *, revision: str | None = None, plot: str | None = None) -
     else:
         reason = refusal(config)
         result["supported"], result["reason"] = reason is None, reason
-        floats = 2 * config.num_key_value_heads * source_head_dim(config) if reason is None else None
+        if reason is None:
+            result["head_dim"] = source_head_dim(config)
+        floats = 2 * config.num_key_value_heads * result["head_dim"] if reason is None else None
     result["kv_floats_per_token_per_layer"] = floats
     if floats is not None:
         result["kv_bytes_per_token"] = config.num_hidden_layers * floats * ITEMSIZE[checkpoint.dtype]
@@ -67,14 +68,14 @@ def info(source: str, *, revision: str | None = None, plot: str | None = None) -
 def conversion_file(checkpoint: Checkpoint, revision: str | None) -> Path:
     """Where the conversion.json of a converted checkpoint lies; of a Hub checkpoint it is fetched."""
     if checkpoint.folder is not None:
-        return checkpoint.folder / CONVERSION
+        return checkpoint.folder / RECORD
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(checkpoint.name, CONVERSION, revision=revision))
+        return Path(hf_hub_download(checkpoint.name, RECORD, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"{checkpoint.name} has no {CONVERSION} that can be fetched: {brief(error)}") from None
+        raise UserError(f"{checkpoint.name} has no {RECORD} that can be fetched: {brief(error)}") from None
 
 
 def env() -> dict[str, Any]:

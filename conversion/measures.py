@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
-from .planner import PerSide
-
-
-CHUNK = 1024  # positions whose logits are in memory at a time: in float32 those of a long sequence would outweigh the model
+from .planner import HEAD_TOKENS, PerSide
 
 
 class Comparison:
@@ -43,8 +40,8 @@ class Comparison:
             heads: of the source and of the converted model: [T, D] -> [T, vocabulary].
             ids: token ids [T].
         """
-        for start in range(0, len(ids) - 1, CHUNK):
-            part = slice(start, start + CHUNK + 1)  # the last one is predicted here and predicts in the next
+        for start in range(0, len(ids) - 1, HEAD_TOKENS):
+            part = slice(start, start + HEAD_TOKENS + 1)  # the last one is predicted here and predicts in the next
             self.add(heads[0](source[part]), heads[1](converted[part]), ids[part])
 
     def result(self) -> dict[str, Any]:

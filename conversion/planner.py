@@ -11,7 +11,7 @@ from .families import FAMILIES, biased_projections, key_norms, refusal, source_h
 
 
 DEFAULT_KV_BUDGET = 0.3125
-HEAD_TOKENS = 1024  # whose logits are computed at a time
+HEAD_TOKENS = 1024  # whose logits are in memory at a time: those of a long sequence would outweigh the model
 LIBRARIES = 500_000_000  # bytes that Python, torch and Transformers take
 
 

@@ -29,6 +29,11 @@ def work_folder(path: Path) -> Path:
     return path.parent / f".{path.name}.incomplete"
 
 
+def layer_file(folder: Path, layer: int) -> Path:
+    """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
+    return folder / f"layer-{layer:04}.safetensors"
+
+
 @contextmanager
 def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool) -> Iterator[Path]:
     """The folder for unfinished work on an output; what is in it stays if the block fails or is interrupted.

@@ -13,9 +13,9 @@ from hf_mla import cache_bytes
 
 from .card import HEALING_RATIO
 from .checkpoint import Checkpoint, open_checkpoint
-from .converter import check_vocabulary, choose_device, load_model, load_tokenizer
 from .errors import UserError
 from .families import refusal, source_head_dim
+from .loading import check_vocabulary, choose_device, load_model, load_tokenizer
 from .measures import Comparison
 from .planner import PerSide
 from .text import read_text, token_windows

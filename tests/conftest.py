@@ -22,6 +22,14 @@ from hf_mla_conversion.text import BUNDLED  # noqa: E402
 
 MODEL = str(BUNDLED / "model")
 VALIDATION = str(BUNDLED / "validation.txt.xz")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, **changes):

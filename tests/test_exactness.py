@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import MODEL, make_llama
+from conftest import LLAMA3_ROPE, MODEL, make_llama
 from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import convert
@@ -13,17 +13,7 @@ CASES = {
     "two heads, mixes of one": ({"num_key_value_heads": 2, "mix": True}, 32, 16),
     "four heads (MHA), mixes of one": ({"num_key_value_heads": 4, "mix": True}, 48, 16),
     "one kv head, llama3 rope": (
-        {
-            "num_key_value_heads": 1,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 10000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
-        },
+        {"num_key_value_heads": 1, "rope_parameters": LLAMA3_ROPE},
         16,
         16,
     ),

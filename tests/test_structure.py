@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import hf_mla
 import hf_mla_conversion
-from hf_mla_conversion.converter import REMOTE_FILES
+from hf_mla_conversion.writing import REMOTE_FILES
 
 
 RUNTIME = Path(hf_mla.__file__).parent

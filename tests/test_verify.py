@@ -10,7 +10,7 @@ import torch
 from conftest import MODEL, VALIDATION
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_mla_conversion import converter, measures, verifier, verify
+from hf_mla_conversion import loading, measures, verifier, verify
 from hf_mla_conversion.checkpoint import open_checkpoint
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.measures import Comparison
@@ -22,7 +22,7 @@ from hf_mla_conversion.verifier import ContextReport, verdict
 def short_windows(monkeypatch):
     """Short windows of 256 tokens, so that the 1024 of the bundled model are a longer context; logits in odd chunks."""
     monkeypatch.setattr(verifier, "VERIFICATION_WINDOW", 256)
-    monkeypatch.setattr(measures, "CHUNK", 100)
+    monkeypatch.setattr(measures, "HEAD_TOKENS", 100)
 
 
 def test_each_context_is_transformers_own_perplexity(converted, short_windows):
@@ -42,7 +42,7 @@ def test_each_context_is_transformers_own_perplexity(converted, short_windows):
 
 
 def test_the_worst_context_is_judged(converted, short_windows):
-    models = [converter.load_model(open_checkpoint(x), torch.device("cpu"), torch.float32) for x in (MODEL, converted[0])]
+    models = [loading.load_model(open_checkpoint(x), torch.device("cpu"), torch.float32) for x in (MODEL, converted[0])]
     contexts = verifier.context_windows(torch.arange(3, 1027), 1024)
     ratios = [context.perplexity_ratio for context in verifier.compare(*models, contexts, None).contexts]
     report = verifier.compare(*models, contexts, sum(ratios) / 2)
@@ -76,7 +76,7 @@ def test_a_model_of_short_context_is_not_measured_beyond_it():
 
 @pytest.mark.parametrize("tokens", [2, 7, 8, 9, 15, 16, 40])
 def test_chunks_give_what_the_whole_gives(monkeypatch, tokens):
-    monkeypatch.setattr(measures, "CHUNK", 7)
+    monkeypatch.setattr(measures, "HEAD_TOKENS", 7)
     torch.manual_seed(0)
     states, ids = torch.randn(2, tokens, 8), torch.randint(50, (tokens,))
     heads = torch.nn.Linear(8, 50), torch.nn.Linear(8, 50)
@@ -134,7 +134,7 @@ def test_models_are_spread_over_several_gpus(monkeypatch, count, spread, device_
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
     device = SimpleNamespace(type="cuda")
-    converter.load_model(open_checkpoint(MODEL), device, "auto", spread=spread)
+    loading.load_model(open_checkpoint(MODEL), device, "auto", spread=spread)
     assert seen == ([device_map] if device_map else [None, device])
 
 
@@ -144,10 +144,10 @@ def test_a_dispatched_model_measures_the_same(converted, tmp_path):
 
     checkpoints = open_checkpoint(MODEL), open_checkpoint(converted[0])
     contexts = verifier.context_windows(torch.arange(3, 300), 128)
-    plain = verifier.compare(*(converter.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints), contexts, None)
+    plain = verifier.compare(*(loading.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints), contexts, None)
     places = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
     places |= {f"model.layers.{layer}": "disk" for layer in range(6)}
-    models = [converter.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints]
+    models = [loading.load_model(x, torch.device("cpu"), torch.float32) for x in checkpoints]
     for model in models:
         dispatch_model(model, places, offload_dir=tmp_path / model.config.model_type)
         assert model.model.layers[0].mlp.up_proj.weight.device.type == "meta"
