@@ -49,6 +49,7 @@ SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
 FIT_TOKENS = 1 << 15  # for least squares
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
+LONG = 1000  # steps; from here on each is twice as large, by measurement
 
 
 def convert(
@@ -83,8 +84,8 @@ def convert(
         calibration: a .txt or .txt.xz file or a data set; None for the bundled English prose.
         calibration_tokens: how many tokens of it to use; None for 1,048,576 on a GPU, 131,072 on the CPU. They are taken in
             sequences as long as the model's context, 8,192 tokens at most on a GPU and 2,048 on the CPU.
-        steps: reconstruction steps per layer, of 4,096 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
-            0 for the closed form alone.
+        steps: reconstruction steps per layer, of 4,096 tokens on a GPU and 1,024 on the CPU (1,000 steps and more: twice that), or
+            one sequence where that is longer; 0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order.
@@ -351,7 +352,8 @@ class Job:
             return mla, closed, None, spectrum
         mla.kv_a_layernorm.variance_epsilon = NORM_EPS
         nn.init.ones_(mla.kv_a_layernorm.weight)
-        size = min(max(1, self.scale.step // window), len(train))
+        tokens = self.scale.step if steps < LONG else 2 * self.scale.step
+        size = min(max(1, tokens // window), len(train))
         reconstruct(mla, task, shuffled(train, size, steps, seed=(self.seed * len(self.stream) + index) % 2**63))
         task.fit_output(mla, fit)
         reconstructed = task.error(mla, held.split(self.batch))

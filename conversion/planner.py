@@ -24,7 +24,7 @@ class Scale:
     window: int
     """Of a calibration sequence, if the model's own context is not shorter."""
     step: int
-    """Of a reconstruction step, or one sequence."""
+    """Of a reconstruction step, or one sequence; twice that where there are many steps."""
     batch: int
     """Of a pass without training, or one sequence."""
 
@@ -240,7 +240,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
     window = min(scale.window, config.max_position_embeddings)
-    step, batch = max(scale.step, window), max(scale.batch, window)
+    step, batch = max(2 * scale.step, window), max(scale.batch, window)  # a long reconstruction takes steps of twice the size
     # Numbers per token that a layer keeps for its backward pass: the original's, and the converted attention's.
     original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
     converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank

@@ -94,11 +94,9 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor) -> None:
         task: the original.
         order: which windows make up each step, [steps, windows].
     """
-    # With QK-norm, `k_proj` is there to give the original's norms.
-    names = [name for name, _ in mla.named_parameters() if not name.startswith("k_proj")]
     groups: dict[int, list[dict]] = {1: [], 2: []}
-    for name in names:
-        parameter = mla.get_parameter(name).requires_grad_(True)
+    for name, parameter in mla.named_parameters():
+        parameter.requires_grad_(True)
         weight = mla.get_parameter(name.replace("bias", "weight")).detach()
         groups[parameter.ndim].append({"params": [parameter], "lr": RATE * weight.square().mean().sqrt().item()})
     optimizers = [

@@ -17,6 +17,11 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
@@ -192,9 +197,10 @@ class MLAAttention(nn.Module):
         key, value = self.expand_kv(kv_nope, k_rot)
         if key_scale is not None:
             key = (key.unflatten(1, (key_scale.shape[1], -1)) * key_scale[:, :, None, :, None]).flatten(1, 2)
-        # FlashAttention wants equal widths, and so does the fused kernel of SDPA on the CPU (4 to 20 times as fast as the one
-        # without): pad the values, and cut the padding off the output.
+        # FlashAttention wants equal widths, and so do the fastest kernels of SDPA on the CPU (4 to 20 times as fast as the one
+        # without) and, where results must repeat, on a GPU (4 times): pad the values, and cut the padding off the output.
         equal = is_flash_attention_requested(self.config) or self.o_proj.weight.device.type == "cpu"
+        equal = equal or torch.are_deterministic_algorithms_enabled()
         padding = self.qk_head_dim - self.v_head_dim if equal else 0
         if padding > 0:
             value = nn.functional.pad(value, [0, padding])
@@ -245,17 +251,54 @@ class MLAModelMixin:
         self.post_init()
 
 
-class MLAForCausalLMMixin(LatentCacheGenerationMixin):
-    """Makes a family's language model one with MLA; `decoder_class` is the decoder it stands on."""
+class MLAHeadMixin:
+    """Makes a model with a head stand on a decoder with MLA, `decoder_class`; `add_head` makes the modules after it."""
 
     decoder_class: type
 
     def __init__(self: Any, config: PreTrainedConfig) -> None:
-        PreTrainedModel.__init__(self, config)  # the family's own would build a decoder without MLA first
+        # The library's own would build a decoder without MLA first, or ask AutoModel for one, which doubts remote code.
+        PreTrainedModel.__init__(self, config)
         self.model = self.decoder_class(config)
+        self.add_head(config)
+        self.post_init()
+
+
+class MLAForCausalLMMixin(MLAHeadMixin, LatentCacheGenerationMixin):
+    """Makes a family's language model one with MLA."""
+
+    def add_head(self: Any, config: PreTrainedConfig) -> None:
+        """The language-model head, as all families have it."""
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+
+
+class MLAForSequenceClassificationMixin(MLAHeadMixin, GenericForSequenceClassification):
+    """Scores a sequence by its last token that is not padding."""
+
+    def add_head(self: Any, config: PreTrainedConfig) -> None:
+        """The library's head."""
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+
+
+class MLAForTokenClassificationMixin(MLAHeadMixin, GenericForTokenClassification):
+    """Scores every token."""
+
+    def add_head(self: Any, config: PreTrainedConfig) -> None:
+        """The library's head, dropout of 0.1 included where the configuration names none."""
+        self.num_labels = config.num_labels
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+
+
+class MLAForQuestionAnsweringMixin(MLAHeadMixin, GenericForQuestionAnswering):
+    """Scores every token as the start and the end of an answer."""
+
+    def add_head(self: Any, config: PreTrainedConfig) -> None:
+        """The library's head."""
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
 
 class LlamaMLAPreTrainedModel(MLAPreTrainedModelMixin, LlamaPreTrainedModel):
@@ -271,6 +314,24 @@ class LlamaMLAModel(MLAModelMixin, LlamaMLAPreTrainedModel, LlamaModel):
 
 class LlamaMLAForCausalLM(MLAForCausalLMMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
     """The decoder of Llama with a language-model head."""
+
+    decoder_class = LlamaMLAModel
+
+
+class LlamaMLAForSequenceClassification(MLAForSequenceClassificationMixin, LlamaMLAPreTrainedModel):
+    """The decoder of Llama with a head that classifies sequences."""
+
+    decoder_class = LlamaMLAModel
+
+
+class LlamaMLAForTokenClassification(MLAForTokenClassificationMixin, LlamaMLAPreTrainedModel):
+    """The decoder of Llama with a head that classifies tokens."""
+
+    decoder_class = LlamaMLAModel
+
+
+class LlamaMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, LlamaMLAPreTrainedModel):
+    """The decoder of Llama with a head that finds answers."""
 
     decoder_class = LlamaMLAModel
 
@@ -292,6 +353,24 @@ class MistralMLAForCausalLM(MLAForCausalLMMixin, MistralMLAPreTrainedModel, Mist
     decoder_class = MistralMLAModel
 
 
+class MistralMLAForSequenceClassification(MLAForSequenceClassificationMixin, MistralMLAPreTrainedModel):
+    """The decoder of Mistral with a head that classifies sequences."""
+
+    decoder_class = MistralMLAModel
+
+
+class MistralMLAForTokenClassification(MLAForTokenClassificationMixin, MistralMLAPreTrainedModel):
+    """The decoder of Mistral with a head that classifies tokens."""
+
+    decoder_class = MistralMLAModel
+
+
+class MistralMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, MistralMLAPreTrainedModel):
+    """The decoder of Mistral with a head that finds answers."""
+
+    decoder_class = MistralMLAModel
+
+
 class Qwen2MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen2PreTrainedModel):
     """What all Qwen2 models with MLA share."""
 
@@ -309,6 +388,24 @@ class Qwen2MLAForCausalLM(MLAForCausalLMMixin, Qwen2MLAPreTrainedModel, Qwen2For
     decoder_class = Qwen2MLAModel
 
 
+class Qwen2MLAForSequenceClassification(MLAForSequenceClassificationMixin, Qwen2MLAPreTrainedModel):
+    """The decoder of Qwen2 with a head that classifies sequences."""
+
+    decoder_class = Qwen2MLAModel
+
+
+class Qwen2MLAForTokenClassification(MLAForTokenClassificationMixin, Qwen2MLAPreTrainedModel):
+    """The decoder of Qwen2 with a head that classifies tokens."""
+
+    decoder_class = Qwen2MLAModel
+
+
+class Qwen2MLAForQuestionAnswering(MLAForQuestionAnsweringMixin, Qwen2MLAPreTrainedModel):
+    """The decoder of Qwen2 with a head that finds answers."""
+
+    decoder_class = Qwen2MLAModel
+
+
 class Qwen3MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen3PreTrainedModel):
     """What all Qwen3 models with MLA share."""
 
@@ -322,5 +419,23 @@ class Qwen3MLAModel(MLAModelMixin, Qwen3MLAPreTrainedModel, Qwen3Model):
 
 class Qwen3MLAForCausalLM(MLAForCausalLMMixin, Qwen3MLAPreTrainedModel, Qwen3ForCausalLM):
     """The decoder of Qwen3 with a language-model head."""
+
+    decoder_class = Qwen3MLAModel
+
+
+class Qwen3MLAForSequenceClassification(MLAForSequenceClassificationMixin, Qwen3MLAPreTrainedModel):
+    """The decoder of Qwen3 with a head that classifies sequences."""
+
+    decoder_class = Qwen3MLAModel
+
+
+class Qwen3MLAForTokenClassification(MLAForTokenClassificationMixin, Qwen3MLAPreTrainedModel):
+    """The decoder of Qwen3 with a head that classifies tokens."""
+
+    decoder_class = Qwen3MLAModel
+
+
+class Qwen3MLAForQuestionAnswering(MLAForQuestionAnsweringMixin, Qwen3MLAPreTrainedModel):
+    """The decoder of Qwen3 with a head that finds answers."""
 
     decoder_class = Qwen3MLAModel
