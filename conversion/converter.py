@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 
 STEPS = 400
 SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
-FIT_TOKENS = 1 << 15  # for least squares
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 LONG = 1000  # steps; from here on each is twice as large, by measurement
@@ -339,7 +338,7 @@ class Job:
         position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
         task = LayerTask(layer, call, states, position_embeddings, self.device)
         window = states.shape[1]
-        fit = train[: max(1, FIT_TOKENS // window)].split(self.batch)
+        fit = train[: max(1, self.scale.fit // window)].split(self.batch)
         moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
         for part in fit:
             moment += second_moment(task.batch(part)[0]) / (sum(map(len, fit)) * window)

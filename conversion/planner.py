@@ -27,11 +27,13 @@ class Scale:
     """Of a reconstruction step, or one sequence; twice that where there are many steps."""
     batch: int
     """Of a pass without training, or one sequence."""
+    fit: int
+    """For least squares; few would undo a part of a long reconstruction."""
 
 
 SCALES = {
-    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192),
-    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024),
+    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192, fit=1 << 18),
+    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
 }
 
 

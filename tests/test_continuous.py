@@ -1,0 +1,76 @@
+"""Continuous batching: `generate_batch` over pages of packed latents equals `generate`, and the pages hold no more than those."""
+
+import pytest
+import torch
+import transformers
+from conftest import make_mla
+from transformers import GenerationConfig
+
+from hf_mla.configuration_mla import release
+
+
+ARRIVED = release(transformers.__version__) >= (5, 19)
+PREFIX = list(range(20, 60))
+PROMPTS = [PREFIX + [61, 62], PREFIX + [71, 72, 73], [5, 6, 7], list(range(11, 90))]  # a shared beginning, short, long
+
+
+def settings(**changes):
+    """Greedy, and no token ends a sequence: all are of the same length."""
+    return GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0, **changes)
+
+
+def expected(model, prompts):
+    """What `generate` makes of each prompt alone, by recomputing all keys and values at every step."""
+    return [model.generate(torch.tensor([p]), generation_config=settings(use_cache=False))[0, len(p) :].tolist() for p in prompts]
+
+
+def batched(model, prompts, monkeypatch):
+    """What `generate_batch` makes of all prompts, and the numbers that a token takes in the pages of each layer."""
+    from transformers import ContinuousBatchingConfig
+    from transformers.generation.continuous_batching import cache as paging
+
+    sizes = []
+
+    class Watched(paging.PagedAttentionCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            layers = self.config.num_hidden_layers
+            views = [self.layer_to_allocator[layer]._kv_token_views[layer] for layer in range(layers)]
+            sizes.extend(key[0].numel() + value[0].numel() for key, value in views)
+
+    monkeypatch.setattr("transformers.generation.continuous_batching.continuous_api.PagedAttentionCache", Watched)
+    config = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)  # the long prompt comes in chunks
+    outputs = model.generate_batch(
+        inputs=prompts, generation_config=settings(), continuous_batching_config=config, progress_bar=False, warmup=False
+    )
+    results = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    return [results[tuple(prompt)] for prompt in prompts], sizes
+
+
+@pytest.mark.skipif(not ARRIVED, reason="Transformers hands the pages to the attention since 5.19")
+@pytest.mark.mode("Continuous batching", since="5.19", costs="pages of r + p numbers a token; not the block-table kernel of flash")
+@pytest.mark.parametrize(
+    ("family", "implementation", "changes"),
+    [
+        ("Llama", "sdpa", {}),
+        ("Llama", "eager", {}),
+        ("Llama", "sdpa", {"kv_lora_rank": 23}),  # an odd number: one is added
+        ("Mistral", "sdpa", {"sliding_window": 32}),
+        ("Qwen2", "sdpa", {}),
+        ("Qwen3", "sdpa", {"num_key_norms": 2}),
+    ],
+)
+def test_a_batch_equals_generate(family, implementation, changes, monkeypatch):
+    model = make_mla(family, **changes)
+    model.set_attn_implementation(implementation)
+    results, sizes = batched(model, PROMPTS, monkeypatch)
+    assert results == expected(model, PROMPTS)
+    floats = model.config.kv_floats_per_token_per_layer
+    assert sizes == [floats + floats % 2] * model.config.num_hidden_layers
+    assert model.config.head_dim == model.config.qk_rope_head_dim  # as before
+
+
+@pytest.mark.skipif(ARRIVED, reason="works")
+def test_older_versions_are_refused_in_one_line():
+    with pytest.raises(NotImplementedError, match="needs Transformers 5.19 or newer; this is 5"):
+        make_mla().generate_batch(inputs=[[5, 6]], generation_config=settings())
