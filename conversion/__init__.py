@@ -13,17 +13,19 @@ from .errors import UserError
 if TYPE_CHECKING:
     from .converter import convert
     from .demonstration import demo
+    from .healer import heal
     from .inspector import env, info
     from .planner import plan
     from .verifier import verify
 
-__all__ = ["UserError", "convert", "demo", "env", "info", "plan", "verify"]
+__all__ = ["UserError", "convert", "demo", "env", "heal", "info", "plan", "verify"]
 
 # Modules are not named like their functions: importing one would put it in the function's place.
 _HOMES = {
     "convert": "converter",
     "demo": "demonstration",
     "env": "inspector",
+    "heal": "healer",
     "info": "inspector",
     "plan": "planner",
     "verify": "verifier",

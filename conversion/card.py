@@ -10,6 +10,7 @@ from .checkpoint import Checkpoint
 HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
 
 if TYPE_CHECKING:
+    from .healer import HealReport
     from .reports import ConvertReport
 
 CARD = """---
@@ -96,3 +97,44 @@ def model_card(source: Checkpoint, config: Any, report: "ConvertReport", recipe:
         least=min(errors),
         most=max(errors),
     )
+
+
+HEALING = """## Healing
+
+Then trained to predict what `{teacher}` predicts (Kullback-Leibler divergence): {what}, {steps:,} steps of {tokens:,} tokens of
+{text}, in sequences of {window:,}.{stopped} On {held:,} tokens of that text which were held back:
+
+| | source | healed |
+|---|---|---|
+| perplexity | {source:.3f} | {healed:.3f} (x {ratio:.4f}) |
+| same likeliest token | | {agreement:.1%} |
+| KL divergence, nats per token | | {kl:.4f} |
+
+"""
+TRAINED = {
+    "lora": "adapters of rank {rank} on all linear layers, merged",
+    "attention": "all weights of the attention",
+    "all": "all weights",
+}
+
+
+def add_healing(card: str, report: "HealReport", recipe: dict) -> str:
+    """Put what healing did and measured into a converted checkpoint's card, before its limits."""
+    assert report.verify is not None and report.perplexity is not None
+    section = HEALING.format(
+        teacher=recipe["teacher"],
+        what=TRAINED[recipe["train"]].format(rank=recipe["lora_rank"]),
+        steps=report.steps_taken,
+        tokens=report.tokens_per_step,
+        text=recipe["text"],
+        window=report.window,
+        stopped=" It stopped by itself: nothing improved any more." if report.stopped_early else "",
+        held=report.verify.tokens,
+        source=report.perplexity.source,
+        healed=report.perplexity.converted,
+        ratio=report.perplexity_ratio,
+        agreement=report.verify.top1_agreement,
+        kl=report.verify.kl,
+    )
+    before, limits, after = card.partition("## Limits\n")
+    return before.rstrip("\n") + "\n\n" + section + limits + after if limits else card + "\n" + section

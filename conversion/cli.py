@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-mla: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        what = "go on" if arguments[:1] == ["convert"] else "start again"
+        what = "go on" if arguments[:1] in (["convert"], ["heal"]) else "start again"
         words = [word for word in arguments if word != "--restart"]
         print(f"hf-mla: interrupted; to {what}: {shlex.join(['hf-mla', *words])}", file=sys.stderr)
         return 130
@@ -111,6 +111,24 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
     add_device(verify)
     add_revision(verify)
+
+    heal = command("heal", run_heal, "train a converted model to predict what its source predicts")
+    heal.add_argument("out", metavar="OUT", help="converted checkpoint")
+    heal.add_argument("dest", metavar="DEST", help="folder to write")
+    heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
+    heal.add_argument("--text", required=True, metavar="FILE", help="text (.txt, .txt.xz) or data set; a part is held back")
+    heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
+    heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")
+    heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")
+    heal.add_argument("--learning-rate", type=float, metavar="R", help="at its highest (lora, attention 0.001, all 0.0005)")
+    heal.add_argument("--step-tokens", type=int, metavar="N", help="tokens in a step, over all processes (GPU 16384, CPU 4096)")
+    heal.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
+    add_device(heal)
+    heal.add_argument("--seed", type=int, metavar="N", help="of the order of the text (0)")
+    add_revision(heal)
+    heal.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted healing has done")
+    heal.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
+    heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take")
 
     info = command("info", run_info, "describe a checkpoint, converted or not")
     info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
@@ -288,6 +306,37 @@ def verify_table(result: Any) -> str:
         "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
         "verdict": result.verdict,
     }
+    return rows(lines)
+
+
+def run_heal(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla heal`."""
+    from .healer import heal
+
+    result: Any = heal(**given(options))
+    if result.output or options["dry_run"]:  # of several processes, the main one knows the result
+        show(result, as_json, lambda: heal_table(result))
+    return 0
+
+
+def heal_table(result: Any) -> str:
+    """A healing for people."""
+    lines = {
+        "trained": f"{result.train}, {result.trained_parameters:,} numbers",
+        "steps": f"{result.steps:,} of {result.tokens_per_step:,} tokens, in sequences of {result.window:,}",
+        "memory": ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in result.memory_bytes.items()),
+    }
+    if result.output:
+        first = next(entry["perplexity"] for entry in result.history if "perplexity" in entry)
+        taken = f"{result.steps_taken:,}" + (" (nothing improved any more)" if result.stopped_early else "")
+        lines |= {
+            "steps taken": taken,
+            "held-out perplexity": f"{first:.3f} -> {result.perplexity.converted:.3f}; source {result.perplexity.source:.3f} "
+            f"(x {result.perplexity_ratio:.4f})",
+            "verdict": result.verify.verdict,
+            "time": f"{result.seconds:.0f} s",
+            "output": result.output,
+        }
     return rows(lines)
 
 

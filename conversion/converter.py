@@ -135,7 +135,7 @@ def convert(
     processes = launched_processes(run_device)
     if processes.num_processes > 1:
         run_device = processes.device
-    with repeatable(), work_on(path, recipe, processes, restart=restart) as folder:
+    with repeatable(), work_on(path, recipe, processes, restart=restart, worth="gradient-*") as folder:
         job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)

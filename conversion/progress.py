@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion has done so far, in a folder beside its output, so that it can be killed at any moment and go on.
+"""What a conversion or a healing has done so far, in a folder beside its output, so that it can be killed at any moment and go on.
 
 * `recipe.json` says what the work depends on: source files, calibration tokens, options, versions. Work is only taken up by a
   command with the same recipe; what differs is named.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def work_folder(path: Path) -> Path:
-    """Where the conversion to `path` keeps what it has done so far."""
+    """Where the work on `path` keeps what it has done so far."""
     return path.parent / f".{path.name}.incomplete"
 
 
@@ -35,7 +35,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 @contextmanager
-def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool) -> Iterator[Path]:
+def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool, worth: str) -> Iterator[Path]:
     """The folder for unfinished work on an output; what is in it stays if the block fails or is interrupted.
 
     Args:
@@ -43,6 +43,7 @@ def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool
         recipe: what the work depends on; JSON values.
         processes: Accelerate's state; the main process looks after the folder, the others wait.
         restart: forget earlier work.
+        worth: a pattern of files that make the folder worth keeping.
 
     Yields:
         The folder. The block makes `output` in it, which takes the name `path` when the block ends.
@@ -68,7 +69,7 @@ def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool
             "and the same command goes on with it"
         ) from error
     finally:
-        if processes.is_main_process and folder.exists() and not any(folder.glob("gradient-*")):
+        if processes.is_main_process and folder.exists() and not any(folder.glob(worth)):
             shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping yet
 
 

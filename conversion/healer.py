@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heal a converted model: train it to predict what its source predicts, on text.
+
+`distill.py` has the training; this file prepares both models and the text, merges what was trained, writes the result as
+another checkpoint with the record of what was done, and verifies it.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hf_mla
+
+from .card import add_healing
+from .checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, check_output, load_file, open_checkpoint
+from .converter import launched_processes, transformers_version
+from .distill import BEST, DistillationTrainer, Healing, last_checkpoint
+from .errors import UserError
+from .loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from .planner import HEAD_TOKENS, SCALES, PerSide
+from .progress import source_fingerprint, token_fingerprint, work_on, write_json
+from .text import read_text, token_windows
+from .verifier import VerifyReport, check_pair, compare
+
+
+logger = logging.getLogger(__name__)
+
+STEPS = 1000
+RATES = {"lora": 1e-3, "attention": 1e-3, "all": 5e-4}
+LORA_RANK = 16
+STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
+MICRO_TOKENS = {"cuda": 1 << 13, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
+EVALUATIONS = 20
+HELD_BACK = 32  # windows, at most, that measure whether to go on
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """The result of `heal`; the field names are the JSON keys."""
+
+    train: str
+    steps: int
+    """That were to be taken."""
+    tokens_per_step: int
+    """Over all processes."""
+    window: int
+    trained_parameters: int
+    memory_bytes: dict[str, int]
+    """Of one process without sharding, by what it is for; an estimate."""
+    steps_taken: int = 0
+    stopped_early: bool = False
+    """Because held-out perplexity did not fall any more."""
+    seconds: float = 0.0
+    """Of this run; what an interrupted one had done before is not counted."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """`step` with `divergence` (nats per position) and `tokens_per_second`, or with `perplexity` on held-back text."""
+    perplexity: PerSide | None = None
+    """On held-back text: of the source, and of the healed model."""
+    perplexity_ratio: float | None = None
+    verify: VerifyReport | None = None
+    output: str = ""
+
+
+def heal(
+    out: str,
+    dest: str,
+    *,
+    teacher: str,
+    text: str,
+    steps: int = STEPS,
+    train: str = "attention",
+    lora_rank: int = LORA_RANK,
+    learning_rate: float | None = None,
+    step_tokens: int | None = None,
+    gradient_checkpointing: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+    revision: str | None = None,
+    restart: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> HealReport:
+    """Distil the original model into its conversion. When it was interrupted or killed, the same call goes on where it stopped.
+
+    Runs on as many processes as `accelerate launch` starts, sharded as its configuration says.
+
+    Args:
+        out: the converted checkpoint.
+        dest: the folder to write; it appears when all is done.
+        teacher: what `out` was converted from; a folder or a Hub id.
+        text: a .txt or .txt.xz file, or a data set; a part of it is held back to measure on.
+        steps: how many to take at most.
+        train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
+        lora_rank: rank of the adapters.
+        learning_rate: at its highest; None for what measured best.
+        step_tokens: in one step, over all processes; None for 16,384 on a GPU and 4,096 on the CPU.
+        gradient_checkpointing: compute activations again in the backward pass, for less memory and more time.
+        device: "auto", "cpu" or "cuda".
+        seed: of the order of the text, and of new adapters.
+        revision: branch, tag or commit of the teacher, if it is a Hub id.
+        restart: forget what an interrupted healing to the same folder has done.
+        overwrite: replace the output folder.
+        dry_run: only say what it would take.
+
+    Returns:
+        What was done, and how close the result is.
+
+    Raises:
+        UserError: something in the arguments, the checkpoints or the text does not allow it, or the loss became infinite.
+    """
+    started = time.perf_counter()
+    check_options(steps, train, lora_rank, learning_rate, step_tokens)
+    student_checkpoint, teacher_checkpoint = open_checkpoint(out), open_checkpoint(teacher, revision)
+    check_pair(student_checkpoint, teacher_checkpoint)
+    assert student_checkpoint.folder is not None
+    run_device = choose_device(device)
+    processes = launched_processes(run_device)
+    window = trained_window(student_checkpoint, run_device)
+    wanted = STEP_TOKENS[run_device.type] if step_tokens is None else step_tokens
+    share = max(1, wanted // window // processes.num_processes)  # sequences of a process in a step
+    micro = min(share, max(1, MICRO_TOKENS[run_device.type] // window))
+    accumulated = round(share / micro)
+    step_tokens = micro * accumulated * processes.num_processes * window
+    plan = HealReport(
+        train=train,
+        steps=steps,
+        tokens_per_step=step_tokens,
+        window=window,
+        trained_parameters=trained_parameters(student_checkpoint, train, lora_rank),
+        memory_bytes=memory(
+            student_checkpoint, teacher_checkpoint, train, lora_rank, micro * window, run_device, gradient_checkpointing
+        ),
+    )
+    if dry_run:
+        return plan
+    size = sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in student_checkpoint.tensors.values())
+    path = check_output(dest, student_checkpoint.folder, size, overwrite=overwrite)
+    tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher)
+    most = (steps * step_tokens // window + HELD_BACK) * window
+    windows = token_windows(read_text(text, most), tokenizer, most, window, seed)
+    check_vocabulary(windows, student_checkpoint)
+    unit = micro * processes.num_processes  # windows in a forward pass of all processes, which evaluations are whole numbers of
+    held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
+    if windows.shape[1] < window or len(windows) <= held:
+        raise UserError(f"the text has {windows.numel():,} tokens; {(held + 1) * window:,} are the least here, millions are usual")
+    rate = RATES[train] if learning_rate is None else learning_rate
+    recipe = {
+        "out": out,
+        "out_sha256": source_fingerprint(student_checkpoint),
+        "teacher": teacher,
+        "teacher_sha256": source_fingerprint(teacher_checkpoint),
+        "text": text,
+        "text_sha256": token_fingerprint(windows),
+        "train": train,
+        "lora_rank": lora_rank if train == "lora" else None,
+        "steps": steps,
+        "learning_rate": rate,
+        "tokens_per_step": step_tokens,
+        "seed": seed,
+        "device": run_device.type,
+        "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
+    }
+    with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*") as folder:
+        settings = training_arguments(folder, steps, rate, micro, accumulated, seed, run_device)
+        half = run_device.type == "cuda"
+        stored = torch.bfloat16 if student_checkpoint.dtype == "BF16" else torch.float32
+        student = load_model(student_checkpoint, torch.device("cpu"), stored if half and train == "lora" else torch.float32)
+        student = prepare(student, train, lora_rank, seed)
+        if gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        original = load_model(teacher_checkpoint, torch.device("cpu"), "auto" if half else torch.float32).requires_grad_(False)
+        callback = Healing(step_tokens)
+        trainer = DistillationTrainer(
+            teacher=original,
+            folder=folder,
+            model=student,
+            args=settings,
+            train_dataset=Windows(windows[held:]),
+            eval_dataset=Windows(windows[:held]),
+            callbacks=[callback],
+        )
+        callback.trainer = trainer
+        silence(trainer)
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        state = trainer.state
+        if processes.is_main_process:
+            del trainer, student
+            report = finish(
+                student_checkpoint, original, windows[:held], folder, plan, recipe, state, path, time.perf_counter() - started
+            )
+        processes.wait_for_everyone()
+    return report if processes.is_main_process else plan
+
+
+def check_options(steps: int, train: str, lora_rank: int, learning_rate: float | None, step_tokens: int | None) -> None:
+    """Raise a UserError if a number or name is out of range."""
+    if train not in RATES:
+        raise UserError(f"--train is {train}; allowed: {', '.join(RATES)}")
+    if steps < 1:
+        raise UserError(f"--steps is {steps}; allowed: 1 or more, {STEPS} are usual")
+    if lora_rank < 1:
+        raise UserError(f"--lora-rank is {lora_rank}; allowed: 1 or more, {LORA_RANK} is usual")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UserError(f"--learning-rate is {learning_rate}; it must be positive, {RATES[train]} is usual")
+    if step_tokens is not None and step_tokens < 1:
+        raise UserError(f"--step-tokens is {step_tokens}; allowed: 1 or more, some thousands are usual")
+
+
+def trained_window(checkpoint: Checkpoint, device: torch.device) -> int:
+    """Tokens in a sequence: what the conversion was fitted on, or the model's context, within what the device bears."""
+    assert checkpoint.folder is not None
+    window = min(SCALES[device.type].window, checkpoint.config.max_position_embeddings)
+    try:
+        record = json.loads((checkpoint.folder / RECORD).read_text(encoding="utf-8"))
+        return min(window, int(record["report"]["window"])) if record["report"]["window"] >= 64 else window
+    except (OSError, ValueError, KeyError, TypeError):
+        return window
+
+
+def trained_parameters(checkpoint: Checkpoint, train: str, lora_rank: int) -> int:
+    """How many numbers are trained, from headers alone."""
+    tensors = checkpoint.tensors
+    if train == "lora":
+        layers = [tensor.shape for name, tensor in tensors.items() if ".layers." in name and len(tensor.shape) == 2]
+        return sum(lora_rank * sum(shape) for shape in layers)
+    return sum(tensor.parameters for name, tensor in tensors.items() if train == "all" or ".self_attn." in name)
+
+
+def memory(
+    student: Checkpoint,
+    teacher: Checkpoint,
+    train: str,
+    lora_rank: int,
+    tokens: int,
+    device: torch.device,
+    gradient_checkpointing: bool,
+) -> dict[str, int]:
+    """Bytes that one process takes without sharding, by what they are for.
+
+    Args:
+        student: the converted model.
+        teacher: its source.
+        train: what is trained.
+        lora_rank: of adapters.
+        tokens: in one forward pass.
+        device: where.
+        gradient_checkpointing: whether activations are computed again.
+
+    Returns:
+        Bytes of `student`, `teacher`, `gradients_and_optimizer` and `activations`, and their `total`.
+    """
+    half = device.type == "cuda"
+    config, trained = student.config, trained_parameters(student, train, lora_rank)
+    width = 2 if half else 4  # of an activation
+    weights = sum(tensor.parameters for tensor in student.tensors.values())
+    theirs = sum(tensor.parameters * (ITEMSIZE[tensor.dtype] if half else 4) for tensor in teacher.tensors.values())
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * config.intermediate_size
+    kept = config.num_hidden_layers * hidden + layer if gradient_checkpointing else config.num_hidden_layers * layer
+    parts = {
+        "student": weights * (2 if half and train == "lora" and student.dtype == "BF16" else 4),
+        "teacher": theirs,
+        "gradients_and_optimizer": trained * (16 if train == "lora" else 12),
+        "activations": tokens * (kept * width + config.vocab_size * (width + 8)) + HEAD_TOKENS * config.vocab_size * 16,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+class Windows(torch.utils.data.Dataset):
+    """Token windows [windows, tokens] as the Trainer takes them."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def training_arguments(
+    folder: Path,
+    steps: int,
+    rate: float,
+    micro: int,
+    accumulated: int,
+    seed: int,
+    device: torch.device,
+) -> Any:
+    """The Trainer's settings: AdamW, cosine decay to zero, an evaluation and a checkpoint every twentieth of the steps."""
+    from transformers import TrainingArguments
+
+    every = math.ceil(steps / EVALUATIONS)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(steps / 20),
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=True,
+        prediction_loss_only=True,
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=max(1, every // 5),
+        logging_nan_inf_filter=False,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=seed,
+    )
+
+
+def prepare(student: Any, train: str, lora_rank: int, seed: int) -> Any:
+    """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
+    if train == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(student, config)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(train == "all" or ".self_attn." in name)
+    return student
+
+
+def silence(trainer: Any) -> None:
+    """Results go to stdout, and to nothing else: the Trainer's own progress goes there too."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+def finish(
+    checkpoint: Checkpoint,
+    teacher: Any,
+    held: Tensor,
+    folder: Path,
+    plan: HealReport,
+    recipe: dict,
+    state: Any,
+    path: Path,
+    seconds: float,
+) -> HealReport:
+    """Merge the best weights, write the healed checkpoint to `folder`/output, and verify it.
+
+    Args:
+        checkpoint: what was healed.
+        teacher: the source model.
+        held: windows [windows, tokens] that nothing was trained on.
+        folder: with the best weights.
+        plan: what was to be done.
+        recipe: what the result depends on.
+        state: the Trainer's, with its history.
+        path: where the output will appear.
+        seconds: that it took.
+
+    Returns:
+        The report, as it is recorded in the checkpoint too.
+    """
+    assert checkpoint.folder is not None
+    student = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    stored = next(getattr(torch, name) for name, header in DTYPES.items() if header == checkpoint.dtype)
+    healed = prepare(student, recipe["train"], recipe["lora_rank"] or LORA_RANK, recipe["seed"])
+    missing, unexpected = healed.load_state_dict(load_file(folder / BEST), strict=False)
+    assert not unexpected and not {name for name, p in healed.named_parameters() if p.requires_grad} & set(missing)
+    if recipe["train"] == "lora":
+        healed = healed.merge_and_unload()
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", ".*")
+    shutil.copytree(checkpoint.folder, output, ignore=weights)
+    healed.requires_grad_(False).eval().to(stored)
+    healed.config.dtype = stored
+    healed.save_pretrained(output)
+    healed.to(teacher.device, torch.float32 if teacher.device.type == "cpu" else stored)
+    measured = compare(teacher, healed, [held.to(teacher.device)], None)
+    report = HealReport(
+        **{
+            **vars(plan),
+            "steps_taken": state.global_step,
+            "stopped_early": state.global_step < plan.steps,
+            "seconds": seconds,
+            "history": history(state.log_history),
+            "perplexity": measured.perplexity,
+            "perplexity_ratio": measured.perplexity_ratio,
+            "verify": measured,
+            "output": str(path),
+        }
+    )
+    record_file = output / RECORD
+    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    write_json({**record, "healing": {"recipe": recipe, "report": asdict(report)}}, record_file)
+    card = output / "README.md"
+    before = card.read_text(encoding="utf-8") if card.exists() else ""
+    card.write_text(add_healing(before, report, recipe), encoding="utf-8")
+    return report
+
+
+def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What the Trainer logged, in this module's terms."""
+    entries: list[dict[str, float]] = []
+    for entry in log:
+        if "eval_loss" in entry:
+            entries.append({"step": entry["step"], "perplexity": math.exp(min(entry["eval_loss"], 700.0))})
+        elif "loss" in entry:
+            speed = entry.get("tokens_per_second", 0.0)
+            entries.append({"step": entry["step"], "divergence": entry["loss"], "tokens_per_second": speed})
+    return entries
