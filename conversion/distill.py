@@ -90,7 +90,8 @@ class DistillationTrainer(Trainer):
             saved = sorted(self.folder.glob("checkpoint-*/complete"), key=lambda mark: int(mark.parent.name.split("-")[1]))
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: {broken} is the first that computes what is not "
-                f"finite; the last good checkpoint ({saved[-1].parent if saved else 'none yet'}) is kept. Lower --learning-rate"
+                f"finite. The last good checkpoint ({saved[-1].parent if saved else 'none yet'}) is kept: the same command goes on "
+                "from it; or begin again with a lower --learning-rate and --restart"
             )
         return (loss, {"logits": logits}) if return_outputs else loss
 

@@ -175,7 +175,9 @@ def heal(
         student = load_model(student_checkpoint, torch.device("cpu"), stored if half and train == "lora" else torch.float32)
         student = prepare(student, train, lora_rank, seed)
         if gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # Transformers 5.23 has a new name for it.
+            name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+            getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
         original = load_model(teacher_checkpoint, torch.device("cpu"), "auto" if half else torch.float32).requires_grad_(False)
         callback = Healing(step_tokens)
         trainer = DistillationTrainer(

@@ -1,0 +1,223 @@
+"""Healing: what is trained, what is written, what survives, and what is refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, VALIDATION, make_source
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from hf_mla_conversion import UserError, convert, heal
+from hf_mla_conversion import distill as distillation
+from hf_mla_conversion.distill import divergence
+from hf_mla_conversion.text import BUNDLED
+
+
+CALIBRATION = str(BUNDLED / "calibration.txt.xz")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A random model and its conversion in closed form, sequences of 64 tokens."""
+    folder = tmp_path_factory.mktemp("pair")
+    source = make_source(folder / "source", max_position_embeddings=64)
+    convert(source, str(folder / "mla"), kv_lora_rank=8, qk_rope_head_dim=4, calibration_tokens=4096, steps=0, device="cpu")
+    return source, str(folder / "mla")
+
+
+def small(pair, dest, **changes):
+    """Heal the small model in a few steps."""
+    source, out = pair
+    options = {"teacher": source, "text": CALIBRATION, "steps": 10, "step_tokens": 256, "device": "cpu"}
+    return heal(out, str(dest), **(options | changes))
+
+
+def weights(folder):
+    """All weights of a checkpoint."""
+    return {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def curve(report):
+    """Held-out perplexity by step."""
+    return {entry["step"]: entry["perplexity"] for entry in report["history"] if "perplexity" in entry}
+
+
+def test_the_divergence_is_pytorchs():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3000, 50, dtype=torch.float64).requires_grad_()
+    expected = nn.KLDivLoss(reduction="batchmean", log_target=True)(student.log_softmax(-1), teacher.log_softmax(-1))
+    measured = divergence(student, teacher.detach())
+    assert measured.item() == pytest.approx(expected.item(), rel=1e-6)
+    (slope,) = torch.autograd.grad(measured, student, retain_graph=True)
+    (reference,) = torch.autograd.grad(expected, student)
+    torch.testing.assert_close(slope, reference, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("train", ["lora", "attention", "all"])
+def test_what_is_trained_changes_and_nothing_else(pair, tmp_path, train):
+    report = small(pair, tmp_path / "healed", train=train, learning_rate=3e-3)
+    assert report.perplexity.converted < curve(vars(report))[0]
+    before, after = weights(pair[1]), weights(tmp_path / "healed")
+    assert before.keys() == after.keys()  # adapters are merged
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    norms = {name for name in changed if "norm" in name}
+    if train == "all":
+        assert "model.embed_tokens.weight" in changed
+    else:
+        attention = {name for name in changed if ".self_attn." in name}
+        assert attention and (changed == attention if train == "attention" else any(".mlp." in name for name in changed))
+        assert train == "attention" or not norms
+    if train != "lora":
+        trained = sum(tensor.numel() for name, tensor in before.items() if train == "all" or ".self_attn." in name)
+        assert report.trained_parameters == trained
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
+    from hf_mla_conversion import verify
+
+    dest = str(tmp_path / "healed")
+    options = {"steps": 12, "step_tokens": 2048, "learning_rate": 3e-4, "device": "cpu"}
+    report = heal(converted[0], dest, teacher=MODEL, text=CALIBRATION, **options)
+    ratios = [
+        verify(out, against=MODEL, text=VALIDATION, tokens=8192, device="cpu").perplexity_ratio for out in (converted[0], dest)
+    ]
+    assert ratios[1] < ratios[0]  # on text that neither has seen
+    record = json.loads((tmp_path / "healed" / "conversion.json").read_text())
+    assert record["report"]["layers"] and record["healing"]["recipe"]["steps"] == 12
+    assert record["healing"]["report"]["perplexity_ratio"] == report.perplexity_ratio
+    card = (tmp_path / "healed" / "README.md").read_text()
+    assert f"(x {report.perplexity_ratio:.4f})" in card and card.index("## Healing") < card.index("## Limits")
+    assert {path.name for path in Path(converted[0]).iterdir()} == {path.name for path in Path(dest).iterdir()}
+
+
+def test_adapters_of_the_trained_rank(pair, tmp_path):
+    from hf_mla_conversion.checkpoint import open_checkpoint
+    from hf_mla_conversion.healer import prepare, trained_parameters
+
+    adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), "lora", 3, seed=0)
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert trained_parameters(open_checkpoint(pair[1]), "lora", 3) == trained
+    assert not any("lm_head" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+
+
+def test_it_stops_by_itself_and_keeps_the_best(pair, tmp_path):
+    report = small(pair, tmp_path / "healed", train="all", learning_rate=3.0, steps=20)
+    measured = curve(vars(report))
+    assert report.stopped_early and report.steps_taken == distillation.PATIENCE and min(measured, key=measured.get) == 0
+    assert all(torch.equal(tensor, weights(pair[1])[name]) for name, tensor in weights(tmp_path / "healed").items())
+
+
+def test_a_broken_layer_is_named_and_the_last_checkpoint_kept(pair, tmp_path, monkeypatch):
+    step_end = distillation.Healing.on_step_end
+
+    def break_layer(self, args, state, control, **kwargs):
+        step_end(self, args, state, control, **kwargs)
+        if state.global_step == 6:
+            self.trainer.model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.inf
+
+    monkeypatch.setattr(distillation.Healing, "on_step_end", break_layer)
+    with pytest.raises(UserError, match=r"at step 6: layer 1 is the first .* The last good checkpoint \(.*checkpoint-5\) is kept"):
+        small(pair, tmp_path / "healed")
+    monkeypatch.undo()
+    assert not (tmp_path / "healed").exists()
+    report = small(pair, tmp_path / "healed")  # goes on from step 5
+    assert report.steps_taken == 10 and math.isfinite(report.perplexity_ratio)
+
+
+def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
+    source, out = pair
+    text = ["--teacher", source, "--text", CALIBRATION, "--steps", "60", "--step-tokens", "256", "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "hf_mla_conversion.cli", "heal", out]
+    killed = subprocess.Popen([*command, str(tmp_path / "killed"), *text], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / ".killed.incomplete"
+    deadline = time.monotonic() + 240
+    while not list(work.glob("checkpoint-*/complete")):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    options = {"teacher": source, "text": CALIBRATION, "steps": 60, "step_tokens": 256, "device": "cpu"}
+    with pytest.raises(UserError, match="seed"):
+        heal(out, str(tmp_path / "killed"), **options, seed=1)
+    resumed, whole = (heal(out, str(tmp_path / name), **options) for name in ("killed", "whole"))
+    assert curve(vars(resumed)) == pytest.approx(curve(vars(whole)), rel=1e-4)
+    assert not work.exists()
+
+
+def test_two_processes_reach_the_loss_of_one(converted, tmp_path):
+    config = tmp_path / "fsdp.yaml"
+    example = (Path(__file__).parent.parent / "examples" / "heal_accelerate.yaml").read_text()
+    config.write_text(example.replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true"))
+    text = ["--teacher", MODEL, "--text", CALIBRATION, "--steps", "4", "--step-tokens", "2048", "--device", "cpu", "--json"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    done = subprocess.run(
+        [*launch, str(Path(__file__).parent / "fsdp_on_cpu.py"), "heal", converted[0], str(tmp_path / "two"), *text],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads(done.stdout)
+    one = heal(converted[0], str(tmp_path / "one"), teacher=MODEL, text=CALIBRATION, steps=4, step_tokens=2048, device="cpu")
+    assert two["tokens_per_step"] == one.tokens_per_step and len(curve(two)) == 5
+    assert two["perplexity"]["converted"] == pytest.approx(one.perplexity.converted, rel=0.01)
+    assert curve(two) == pytest.approx(curve(vars(one)), rel=0.01)
+
+
+def test_a_dry_run_writes_nothing(pair, tmp_path):
+    dest = tmp_path / "healed"
+    plans = {train: small(pair, dest, train=train, dry_run=True).memory_bytes for train in ("lora", "attention", "all")}
+    assert not list(tmp_path.iterdir())
+    assert plans["lora"]["gradients_and_optimizer"] < plans["all"]["gradients_and_optimizer"]
+    assert all(plan["total"] == sum(plan.values()) - plan["total"] for plan in plans.values())
+    less = small(pair, dest, gradient_checkpointing=True, dry_run=True).memory_bytes
+    assert less["activations"] < plans["attention"]["activations"]
+
+
+def test_gradient_checkpointing_gives_the_same_weights(pair, tmp_path):
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        small(pair, tmp_path / name, steps=3, gradient_checkpointing=checkpointing)
+    other = weights(tmp_path / "checkpointed")
+    for name, tensor in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(tensor, other[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": "mlp"}, "--train is mlp; allowed: lora, attention, all"),
+        ({"steps": 0}, "--steps is 0; allowed: 1 or more"),
+        ({"lora_rank": 0}, "--lora-rank is 0"),
+        ({"learning_rate": math.nan}, "--learning-rate is nan; it must be positive"),
+        ({"step_tokens": 0}, "--step-tokens is 0"),
+        ({"text": "nowhere.txt"}, "there is no text file nowhere.txt"),
+        ({"teacher": MODEL}, "it was converted from another model"),
+    ],
+)
+def test_bad_input_is_one_line(pair, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        small(pair, tmp_path / "healed", **changes)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_too_little_text_is_refused(pair, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words only. " * 8)
+    with pytest.raises(UserError, match="are the least here"):
+        small(pair, tmp_path / "healed", text=str(tmp_path / "short.txt"))
+
+
+def test_a_source_is_not_healed(pair, tmp_path):
+    with pytest.raises(UserError, match="not a converted model"):
+        small((pair[0], pair[0]), tmp_path / "healed")
