@@ -7,8 +7,10 @@
 """
 
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -381,9 +383,7 @@ def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) 
             raise UserError(f"{out} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
     existing = next(parent for parent in path.parents if parent.exists())
     try:
-        probe = existing / f".{path.name}.probe"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
+        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=existing))
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise UserError(f"cannot write to {existing}: {error.strerror}") from None

@@ -166,7 +166,10 @@ def add_revision(sub: argparse.ArgumentParser) -> None:
 
 def quiet_libraries(verbose: bool) -> None:
     """Warnings of ours on stderr; the chatter of the libraries only when asked for."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="hf-mla: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("hf-mla: %(message)s"))
+    handler.addFilter(lambda record: verbose or record.name.startswith("hf_mla") or record.levelno >= logging.ERROR)
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     if not verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

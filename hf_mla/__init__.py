@@ -5,64 +5,98 @@ Importing this package registers the model types, so that `AutoModelForCausalLM.
 checkpoint without `trust_remote_code`. Models saved after that carry their code with them.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from typing import Any
+
+import transformers
 from transformers.models.auto import modeling_auto
 
+from . import modeling_mla
 from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes
-from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__
+from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
 from .modeling_mla import (
     LlamaMLAForCausalLM,
+    LlamaMLAForQuestionAnswering,
+    LlamaMLAForSequenceClassification,
+    LlamaMLAForTokenClassification,
     LlamaMLAModel,
     LlamaMLAPreTrainedModel,
     MistralMLAForCausalLM,
+    MistralMLAForQuestionAnswering,
+    MistralMLAForSequenceClassification,
+    MistralMLAForTokenClassification,
     MistralMLAModel,
     MistralMLAPreTrainedModel,
     MLAAttention,
     Qwen2MLAForCausalLM,
+    Qwen2MLAForQuestionAnswering,
+    Qwen2MLAForSequenceClassification,
+    Qwen2MLAForTokenClassification,
     Qwen2MLAModel,
     Qwen2MLAPreTrainedModel,
     Qwen3MLAForCausalLM,
+    Qwen3MLAForQuestionAnswering,
+    Qwen3MLAForSequenceClassification,
+    Qwen3MLAForTokenClassification,
     Qwen3MLAModel,
     Qwen3MLAPreTrainedModel,
 )
+from .peft_mla import register_target_modules
 
 
 __all__ = [
     "LatentDynamicLayer",
     "LlamaMLAConfig",
     "LlamaMLAForCausalLM",
+    "LlamaMLAForQuestionAnswering",
+    "LlamaMLAForSequenceClassification",
+    "LlamaMLAForTokenClassification",
     "LlamaMLAModel",
     "LlamaMLAPreTrainedModel",
     "MLAAttention",
     "MLACache",
     "MistralMLAConfig",
     "MistralMLAForCausalLM",
+    "MistralMLAForQuestionAnswering",
+    "MistralMLAForSequenceClassification",
+    "MistralMLAForTokenClassification",
     "MistralMLAModel",
     "MistralMLAPreTrainedModel",
     "Qwen2MLAConfig",
     "Qwen2MLAForCausalLM",
+    "Qwen2MLAForQuestionAnswering",
+    "Qwen2MLAForSequenceClassification",
+    "Qwen2MLAForTokenClassification",
     "Qwen2MLAModel",
     "Qwen2MLAPreTrainedModel",
     "Qwen3MLAConfig",
     "Qwen3MLAForCausalLM",
+    "Qwen3MLAForQuestionAnswering",
+    "Qwen3MLAForSequenceClassification",
+    "Qwen3MLAForTokenClassification",
     "Qwen3MLAModel",
     "Qwen3MLAPreTrainedModel",
     "__version__",
     "cache_bytes",
 ]
 
-for _config, _model, _causal_lm in (
-    (LlamaMLAConfig, LlamaMLAModel, LlamaMLAForCausalLM),
-    (MistralMLAConfig, MistralMLAModel, MistralMLAForCausalLM),
-    (Qwen2MLAConfig, Qwen2MLAModel, Qwen2MLAForCausalLM),
-    (Qwen3MLAConfig, Qwen3MLAModel, Qwen3MLAForCausalLM),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _causal_lm, exist_ok=True)
-    # From here on `save_pretrained` writes the code beside the weights.
-    _config.register_for_auto_class()
-    _model.register_for_auto_class("AutoModel")
-    _causal_lm.register_for_auto_class("AutoModelForCausalLM")
-    # `register` leaves the name tables alone; the trainer's label smoothing and the text-generation pipeline read them.
-    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_config.model_type] = _causal_lm.__name__
+# The library looks class names up in these tables (the trainer's label smoothing does); `register` leaves them alone.
+_NAMES: dict[str, Any] = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+}
+
+_CONFIGS: tuple[Any, ...] = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig)
+
+for _config in _CONFIGS:
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto_class, _reference in auto_map(_config.__name__.removesuffix("Config")).items():
+        _class = getattr(modeling_mla, _reference.removeprefix("modeling_mla."))
+        _class.register_for_auto_class(_auto_class)  # from here on `save_pretrained` writes the code beside the weights
+        if _auto_class in _NAMES:
+            getattr(transformers, _auto_class).register(_config, _class, exist_ok=True)
+            _NAMES[_auto_class][_config.model_type] = _class.__name__
+
+register_target_modules([_config.model_type for _config in _CONFIGS])

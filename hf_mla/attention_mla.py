@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def absorbing_is_cheaper(
@@ -55,10 +56,15 @@ def is_plain_linear(module: nn.Module) -> bool:
     """
     return (
         type(module) is nn.Linear
-        and type(module.weight.data) is torch.Tensor
+        and type(module.weight.data) in (torch.Tensor, FakeTensor)  # the latter while it is exported
         and not module.weight.is_meta
         and not (module._forward_hooks or module._forward_pre_hooks)
     )
+
+
+def is_one_matrix(module: nn.Module) -> bool:
+    """Whether calling a module is multiplying by one matrix; so it is but for adapters with biases or with a router (Arrow)."""
+    return not hasattr(module, "lora_arrow") and not any(name.endswith("bias") for name, _ in module.named_parameters())
 
 
 def effective_weight(module: Any, rank: int, like: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,8 @@
   so a generation that runs to its end holds exactly S * (R + P) numbers per layer.
 * The static and sliding-window layers of Transformers are used as they are: they take their shapes from the first tensors
   they see.
+* A quantized layer holds two tensors likewise: its `keys` are the codes of the latent, one byte a number, its `values` the rest
+  of the packed latent and the token's scale, in the model's type. So whatever handles caches handles it too.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
@@ -18,22 +20,76 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+
+class TokenBuffer:
+    """Room for tokens [B, 1, S, width], which are appended in place and in amortised constant time.
+
+    Args:
+        max_length: the number of tokens the buffer need never exceed, or None if that is not known. Longer sequences are
+            still held; the buffer then grows on.
+    """
+
+    def __init__(self, max_length: int | None) -> None:
+        self.max_length = max_length
+        self.tensor: torch.Tensor | None = None  # [B, 1, capacity, width]
+
+    def append(self, held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Append tokens.
+
+        Args:
+            held: [B, 1, S, width], what the last call returned, or whatever has taken its place since; [0] at first.
+            new: [B, 1, T, width].
+
+        Returns:
+            All tokens [B, 1, S + T, width], as a view of the buffer where that is safe.
+        """
+        # Autograd may have saved earlier views of the buffer, and a compiler cannot see whether a view is still ours.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.cat([held, new], dim=-2)
+        length = held.shape[-2] if held.ndim == 4 else 0
+        total = length + new.shape[-2]
+        buffer = self.tensor
+        if buffer is None or total > buffer.shape[-2] or not is_start_of(buffer, held):
+            if self.max_length is not None:
+                capacity = max(total, min(total + total // 4, self.max_length))
+            else:
+                capacity = total if length == 0 else total + total // 4  # a prompt that is only scored needs no spare room
+            self.tensor = buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
+            if length:
+                buffer[:, :, :length] = held
+        buffer[:, :, length:total] = new
+        return buffer[:, :, :total]
+
+
+def is_start_of(buffer: torch.Tensor, held: torch.Tensor) -> bool:
+    """Whether `held` still lies at the start of a buffer that may be written: whoever reorders or offloads a cache replaces it."""
+    return (
+        held.data_ptr() == buffer.data_ptr()
+        and held.stride() == buffer.stride()
+        and held.shape[0] == buffer.shape[0]
+        and (torch.is_inference_mode_enabled() or not buffer.is_inference())
+    )
 
 
 class LatentDynamicLayer(DynamicLayer):
     """One layer's packed latents, appended in amortised constant time.
 
     Args:
-        max_length: the number of tokens the buffer need never exceed, or None if that is not known. Longer sequences are
-            still cached; the buffer then grows on.
+        max_length: as for `TokenBuffer`.
         **kwargs: what other layers take; ignored.
     """
 
     def __init__(self, max_length: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.max_length = max_length
-        self._buffer: torch.Tensor | None = None  # [B, 1, capacity, R + P]; `keys` is a view of its first S tokens
+        self.buffers = [TokenBuffer(max_length), TokenBuffer(max_length)]  # `keys` and `values` are views of these
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -49,53 +105,136 @@ class LatentDynamicLayer(DynamicLayer):
         Returns:
             All latents [B, 1, S, R + P], and the empty values [B, 1, S, 0].
         """
-        # Autograd may have saved earlier views of the buffer, and a compiler cannot see whether a view is still ours.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        length = self.get_seq_length()
-        total = length + key_states.shape[-2]
-        buffer = self._buffer
-        if buffer is None or not self._is_view_of(buffer) or total > buffer.shape[-2]:
-            buffer = self._grow(key_states, length, total)
-        buffer[:, :, length:total] = key_states
-        self.keys = buffer[:, :, :total]
-        self.values = self.keys[..., :0]
+        self.keys = self.buffers[0].append(self.keys, key_states)  # type: ignore[arg-type]
+        self.values = self.buffers[1].append(self.values, value_states)  # type: ignore[arg-type]
         return self.keys, self.values
 
-    def _is_view_of(self, buffer: torch.Tensor) -> bool:
-        """Whether `keys` still lies at the start of the buffer: whoever reorders or offloads a cache replaces it."""
-        return (
-            self.keys is not None
-            and self.keys.data_ptr() == buffer.data_ptr()
-            and self.keys.stride() == buffer.stride()
-            and self.keys.shape[0] == buffer.shape[0]
-            and (torch.is_inference_mode_enabled() or not buffer.is_inference())
-        )
-
-    def _grow(self, new: torch.Tensor, length: int, total: int) -> torch.Tensor:
-        """Move the first `length` tokens to a buffer with room for `total` or more."""
-        if self.max_length is not None:
-            capacity = max(total, min(total + total // 4, self.max_length))
-        else:
-            capacity = total if length == 0 else total + total // 4  # a prompt that is only scored needs no spare room
-        buffer = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
-        if length and self.keys is not None:
-            buffer[:, :, :length] = self.keys
-        self._buffer = buffer
-        return buffer
+    def release(self) -> None:
+        """Let go of the buffers; `keys` and `values` live on if anything still refers to them."""
+        for buffer in self.buffers:
+            buffer.tensor = None
 
     def reset(self) -> None:
         """Forget all tokens and release the buffer."""
         super().reset()
-        self.keys = self.values = self._buffer = None
+        self.release()
+        self.keys = self.values = None
         self.is_initialized = False
 
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the sequences for beam search; the buffers, in the old order, are released."""
+        super().reorder_cache(beam_idx)
+        self.release()
+
     def offload(self) -> None:
-        """Move the latents to the CPU; the buffer on the device is released."""
-        self._buffer = None
+        """Move the latents to the CPU; the buffers on the device are released."""
+        self.release()
         super().offload()
+
+
+QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def quantize(latent: torch.Tensor, rank: int, code_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize the latent part of packed latents with a scale per token; the rest stays as it is.
+
+    The scale is rounded to the type it is stored in before the codes are computed, so its rounding costs nothing.
+
+    Args:
+        latent: [B, 1, T, R + P + g].
+        rank: R.
+        code_dtype: one of `QUANTIZATIONS`.
+
+    Returns:
+        Codes [B, 1, T, R] of `code_dtype`, and [B, 1, T, P + g + 1]: rotary key, key norms and the scale.
+    """
+    latent, rest = latent.tensor_split([rank], dim=-1)
+    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    largest = LARGEST_CODE[code_dtype]
+    scale = (wide.abs().amax(dim=-1, keepdim=True) / largest).to(rest.dtype).clamp(min=torch.finfo(rest.dtype).tiny)
+    codes = (wide / scale).clamp(-largest, largest)
+    if not code_dtype.is_floating_point:
+        codes = codes.round()
+    return codes.to(code_dtype), torch.cat([rest, scale], dim=-1)
+
+
+def dequantize(codes: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Undo `quantize` up to rounding: [..., R] and [..., P + g + 1] to packed latents [..., R + P + g] of the latter's type."""
+    return torch.cat([codes.to(rest.dtype) * rest[..., -1:], rest[..., :-1]], dim=-1)
+
+
+class QuantizedLayerMixin:
+    """Mixed into a layer, makes it store quantized latents; it is given packed latents and gives them back, as other layers do.
+
+    `keys` are the codes [B, 1, S, R], to be viewed as `code_dtype`: stored as int8, since PyTorch does not index float8
+    everywhere. `values` are [B, 1, S, P + g + 1]: rotary key, key norms and the scale. No gradient flows through the cache.
+
+    Args:
+        layer: an empty layer of the class that this is mixed into, whose settings are taken over.
+        rank: R.
+        code_dtype: one of `QUANTIZATIONS`.
+    """
+
+    values: Any
+    is_compileable: bool
+
+    def __init__(self, layer: Any, rank: int, code_dtype: torch.dtype) -> None:
+        vars(self).update(vars(layer))
+        self.rank = rank
+        self.code_dtype = code_dtype
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate codes and values; the library gives both the type of the codes."""
+        super().lazy_initialization(key_states, value_states)  # type: ignore[misc]
+        self.values = self.values.to(value_states.dtype)
+        if self.is_compileable and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.values)
+
+    @torch.no_grad()
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantize and append packed latents.
+
+        Args:
+            key_states: [B, 1, T, R + P + g].
+            value_states: [B, 1, T, 0].
+            *args: passed on.
+            **kwargs: passed on.
+
+        Returns:
+            All latents [B, 1, S, R + P + g] as they can be recovered, and the empty values [B, 1, S, 0].
+        """
+        codes, rest = quantize(key_states, self.rank, self.code_dtype)
+        codes, rest = super().update(codes.view(torch.int8), rest, *args, **kwargs)  # type: ignore[misc]
+        return dequantize(codes.view(self.code_dtype), rest), rest[..., :0]
+
+
+class QuantizedLatentDynamicLayer(QuantizedLayerMixin, LatentDynamicLayer):
+    """`LatentDynamicLayer`, quantized."""
+
+
+class QuantizedDynamicSlidingWindowLayer(QuantizedLayerMixin, DynamicSlidingWindowLayer):
+    """The library's growing layer with a sliding window, quantized."""
+
+
+class QuantizedStaticLayer(QuantizedLayerMixin, StaticLayer):
+    """The library's static layer, quantized."""
+
+
+class QuantizedStaticSlidingWindowLayer(QuantizedLayerMixin, StaticSlidingWindowLayer):
+    """The library's static layer with a sliding window, quantized."""
+
+
+QUANTIZED_LAYERS: dict[Any, Any] = {
+    LatentDynamicLayer: QuantizedLatentDynamicLayer,
+    DynamicSlidingWindowLayer: QuantizedDynamicSlidingWindowLayer,
+    StaticLayer: QuantizedStaticLayer,
+    StaticSlidingWindowLayer: QuantizedStaticSlidingWindowLayer,
+}
 
 
 class MLACache(Cache):
@@ -105,6 +244,7 @@ class MLACache(Cache):
         config: the configuration of the model.
         max_cache_len: None for a cache that grows; a number of tokens for a static one, which `torch.compile` needs.
         offloading: keep all layers but the one at work on the CPU (CUDA only).
+        quantization: None, "int8" or "fp8": how the latents are stored; rotary keys stay in the type of the model.
 
     Example:
         >>> cache = MLACache(model.config)
@@ -112,16 +252,60 @@ class MLACache(Cache):
         >>> cache_bytes(cache)
     """
 
-    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False) -> None:
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        max_cache_len: int | None = None,
+        offloading: bool = False,
+        quantization: str | None = None,
+    ) -> None:
         like = DynamicCache(config=config) if max_cache_len is None else StaticCache(config, max_cache_len)
-        use_latent_layers(like, None)
+        use_latent_layers(like, config, quantization=quantization)
         super().__init__(layers=like.layers, offloading=offloading)
 
+    __iter__ = DynamicCache.__iter__  # what each layer holds, for those who gather caches from several devices
 
-def use_latent_layers(cache: DynamicCache | StaticCache, max_length: int | None) -> None:
-    """Replace the empty growing layers of a cache that `generate` has just made by latent layers, in place."""
+
+def quantization_of(cache_config: dict[str, Any] | None) -> str:
+    """The quantization that `generate(cache_implementation="quantized", cache_config=...)` asks for; int8 if it does not say.
+
+    Args:
+        cache_config: as given to `generate`.
+
+    Returns:
+        One of `QUANTIZATIONS`.
+
+    Raises:
+        ValueError: anything else is asked for; the library's own quantizations want keys and values, which are one tensor here.
+    """
+    allowed = [{"backend": name} for name in QUANTIZATIONS]
+    cache_config = cache_config or allowed[0]
+    if cache_config not in allowed:
+        raise ValueError(f"cache_config is {cache_config}; it must be one of {', '.join(map(str, allowed))}.")
+    return cache_config["backend"]
+
+
+def use_latent_layers(
+    cache: DynamicCache | StaticCache, config: PreTrainedConfig, max_length: int | None = None, quantization: str | None = None
+) -> None:
+    """Replace the empty layers of a cache that has just been made by latent layers, in place.
+
+    Args:
+        cache: the cache.
+        config: the configuration of the model.
+        max_length: as for `TokenBuffer`.
+        quantization: as for `MLACache`.
+
+    Raises:
+        ValueError: no such quantization.
+    """
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ValueError(f"quantization is {quantization!r}; it must be None or one of {', '.join(map(repr, QUANTIZATIONS))}.")
     if cache.layer_class_to_replicate is None:
         cache.layers = [LatentDynamicLayer(max_length) if type(x) is DynamicLayer else x for x in cache.layers]
+    if quantization is not None:
+        settings = (config.kv_lora_rank, QUANTIZATIONS[quantization])
+        cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) for x in cache.layers]
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -131,7 +315,8 @@ def cache_bytes(cache: Cache) -> int:
     """
     storages: dict[int, int] = {}
     for layer in cache.layers:
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None), getattr(layer, "_buffer", None)):
+        buffers = [buffer.tensor for buffer in getattr(layer, "buffers", [])]
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None), *buffers):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()

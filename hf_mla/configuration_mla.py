@@ -35,7 +35,8 @@ def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
 
 def auto_map(family: str) -> dict[str, str]:
     """The `auto_map` of a family, e.g. "LlamaMLA". One entry file, so that all classes come from one module."""
-    classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+    classes = {"AutoConfig": "Config", "AutoModel": "Model"} | {f"AutoModel{head}": head for head in heads}
     return {auto_class: f"modeling_mla.{family}{suffix}" for auto_class, suffix in classes.items()}
 
 

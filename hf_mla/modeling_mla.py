@@ -11,11 +11,14 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+import copy
+import math
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -41,9 +44,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2For
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_mla import absorbed_attention, absorbing_is_cheaper, effective_weight, is_plain_linear
-from .cache_mla import use_latent_layers
-from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig
+from .attention_mla import absorbed_attention, absorbing_is_cheaper, effective_weight, is_one_matrix, is_plain_linear
+from .cache_mla import quantization_of, use_latent_layers
+from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
 
 
 def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -115,8 +118,8 @@ class MLAAttention(nn.Module):
         Returns:
             Keys [B, H, S, N + P] and values [B, H, S, V].
         """
-        batch, _, tokens, _ = kv_nope.shape
-        expanded = self.kv_b_proj(kv_nope).view(batch, tokens, -1, self.qk_nope_head_dim + self.v_head_dim)
+        # Three dimensions, [B, S, H * (N + V)]: what adapters and quantized layers are made for.
+        expanded = self.kv_b_proj(kv_nope.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
 
@@ -124,6 +127,22 @@ class MLAAttention(nn.Module):
         """What QK-norm multiplies the keys of each group of heads by: [B, T, hidden_size] -> [B, 1, T, g]."""
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_nope_head_dim))  # [B, T, g, N]
         return inverse_rms(key, self.qk_norm_eps).to(key.dtype).squeeze(-1).unsqueeze(1)
+
+    def update_pages(self, paged: Any, latent: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """Append to the cache of continuous batching, which holds a key and a value of equal width: half a latent each.
+
+        Args:
+            paged: Transformers' `PagedAttentionCache`.
+            latent: [1, 1, T, R + P + g], packed latents of the new tokens of all requests.
+            kwargs: what the attention is called with: where to write and read; updated in place.
+
+        Returns:
+            [1, 1, S, R + P + g], the packed latents of all tokens of all requests.
+        """
+        width = latent.shape[-1]
+        key, value = nn.functional.pad(latent, [0, width % 2]).chunk(2, dim=-1)
+        key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
+        return torch.cat([key, value], dim=-1)[..., :width]
 
     def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any) -> bool:
         """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
@@ -133,6 +152,8 @@ class MLAAttention(nn.Module):
             return False
         plain = is_plain_linear(self.kv_b_proj)
         if self.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
+            return False
+        if not plain and not is_one_matrix(self.kv_b_proj):
             return False
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
             readable = True
@@ -178,14 +199,19 @@ class MLAAttention(nn.Module):
         parts = [kv_nope, k_rot]
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
-        if past_key_values is not None:
-            latent = torch.cat(parts, dim=-1)
+        latent = torch.cat(parts, dim=-1)
+        paged = kwargs.pop("cache", None)  # of continuous batching
+        if paged is not None:
+            latent = self.update_pages(paged, latent, kwargs)
+        elif past_key_values is not None:
             latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g]
-            parts = latent.split([part.shape[-1] for part in parts], dim=-1)
+        parts = latent.split([part.shape[-1] for part in parts], dim=-1)
         kv_nope, k_rot = parts[:2]
         key_scale = parts[2].squeeze(1).transpose(1, 2) if self.num_key_norms else None  # [B, g, S]
 
-        if past_key_values is not None and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
+        # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
+        readable = past_key_values is not None or (paged is not None and attention_mask is not None)
+        if readable and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
             if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                 attention_mask = attention_mask[:, None, None, :].bool()
             weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
@@ -204,7 +230,8 @@ class MLAAttention(nn.Module):
         padding = self.qk_head_dim - self.v_head_dim if equal else 0
         if padding > 0:
             value = nn.functional.pad(value, [0, padding])
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self,
             query,
@@ -226,13 +253,38 @@ class LatentCacheGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        given = model_kwargs.get("past_key_values")
+        given, quantization = model_kwargs.get("past_key_values"), None
+        if given is None and generation_config.cache_implementation == "quantized":
+            quantization = quantization_of(generation_config.cache_config)
+            generation_config = copy.copy(generation_config)
+            generation_config.cache_implementation = None  # a growing cache, whose layers are replaced below
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get("past_key_values")
         if given is None and cache is not None:
-            use_latent_layers(cache, max_cache_length)
+            use_latent_layers(cache, self.config, max_cache_length, quantization)
+
+    def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; the pages hold `kv_floats_per_token_per_layer` numbers a token (rounded up to an even one)."""
+        if release(transformers_version) < (5, 19):
+            raise NotImplementedError(
+                f"Continuous batching of models with MLA needs Transformers 5.19 or newer; this is {transformers_version}."
+            )
+        manager: Any = super().init_continuous_batching(*args, **kwargs)
+        manager.continuous_batching_config.max_blocks_per_request = 0  # flash would write keys and values to the pages by itself
+        create, config = manager._create_batch_processor, self.config
+
+        def create_with_latents() -> Any:
+            shape = config.num_key_value_heads, config.head_dim
+            config.num_key_value_heads, config.head_dim = 1, math.ceil(config.kv_floats_per_token_per_layer / 2)
+            try:
+                return create()
+            finally:
+                config.num_key_value_heads, config.head_dim = shape
+
+        manager._create_batch_processor = create_with_latents
+        return manager
 
 
 class MLAPreTrainedModelMixin:
@@ -264,7 +316,7 @@ class MLAHeadMixin:
         self.post_init()
 
 
-class MLAForCausalLMMixin(MLAHeadMixin, LatentCacheGenerationMixin):
+class MLAForCausalLMMixin(MLAHeadMixin):
     """Makes a family's language model one with MLA."""
 
     def add_head(self: Any, config: PreTrainedConfig) -> None:
@@ -312,7 +364,7 @@ class LlamaMLAModel(MLAModelMixin, LlamaMLAPreTrainedModel, LlamaModel):
     """The decoder of Llama without a head."""
 
 
-class LlamaMLAForCausalLM(MLAForCausalLMMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
+class LlamaMLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
     """The decoder of Llama with a language-model head."""
 
     decoder_class = LlamaMLAModel
@@ -347,7 +399,7 @@ class MistralMLAModel(MLAModelMixin, MistralMLAPreTrainedModel, MistralModel):
     """The decoder of Mistral without a head."""
 
 
-class MistralMLAForCausalLM(MLAForCausalLMMixin, MistralMLAPreTrainedModel, MistralForCausalLM):
+class MistralMLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, MistralMLAPreTrainedModel, MistralForCausalLM):
     """The decoder of Mistral with a language-model head."""
 
     decoder_class = MistralMLAModel
@@ -382,7 +434,7 @@ class Qwen2MLAModel(MLAModelMixin, Qwen2MLAPreTrainedModel, Qwen2Model):
     """The decoder of Qwen2 without a head."""
 
 
-class Qwen2MLAForCausalLM(MLAForCausalLMMixin, Qwen2MLAPreTrainedModel, Qwen2ForCausalLM):
+class Qwen2MLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, Qwen2MLAPreTrainedModel, Qwen2ForCausalLM):
     """The decoder of Qwen2 with a language-model head."""
 
     decoder_class = Qwen2MLAModel
@@ -417,7 +469,7 @@ class Qwen3MLAModel(MLAModelMixin, Qwen3MLAPreTrainedModel, Qwen3Model):
     """The decoder of Qwen3 without a head."""
 
 
-class Qwen3MLAForCausalLM(MLAForCausalLMMixin, Qwen3MLAPreTrainedModel, Qwen3ForCausalLM):
+class Qwen3MLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, Qwen3MLAPreTrainedModel, Qwen3ForCausalLM):
     """The decoder of Qwen3 with a language-model head."""
 
     decoder_class = Qwen3MLAModel

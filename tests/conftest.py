@@ -13,6 +13,12 @@ import transformers
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
+from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_deselected,
+    pytest_runtest_logreport,
+)
 from transformers import AutoTokenizer  # noqa: E402
 
 import hf_mla  # noqa: E402

@@ -185,28 +185,6 @@ def test_attentions_are_returned(mla):
 
 
 @torch.no_grad()
-def test_compiled_static_decoding_has_no_graph_break(mla):
-    ids = torch.randint(1, 97, (2, 20))
-    expected = mla(ids, use_cache=False).logits
-    cache = MLACache(mla.config, max_cache_len=32)
-    mla(ids[:, :16], past_key_values=cache)
-    step = torch.compile(mla, fullgraph=True, backend="eager")
-    parts = [
-        step(part, past_key_values=cache, position_ids=torch.full((2, 1), 16 + i)).logits
-        for i, part in enumerate(ids[:, 16:].split(1, dim=1))
-    ]
-    assert (torch.cat(parts, 1) - expected[:, 16:]).abs().max() < 1e-5
-
-
-@torch.no_grad()
-def test_context_beyond_the_trained_length(mla):
-    mla.config.max_position_embeddings = 32
-    ids = torch.randint(1, 97, (1, 100))
-    expected = mla(ids, use_cache=False).logits
-    assert (feed(mla, ids, MLACache(mla.config), [60] + [1] * 40) - expected).abs().max() < 1e-5
-
-
-@torch.no_grad()
 def test_batch_of_64(mla):
     ids = torch.randint(1, 97, (64, 24))
     cache = MLACache(mla.config)

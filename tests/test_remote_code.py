@@ -78,7 +78,8 @@ def test_files_shipped_are_the_files_in_the_package(converted, elsewhere, tmp_pa
         for file in REMOTE_FILES:
             assert (folder / file).read_bytes() == (package / file).read_bytes(), (folder, file)
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+        heads = {"CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering"}
+        assert set(auto_map) == {"AutoConfig", "AutoModel"} | {f"AutoModelFor{head}" for head in heads}
 
 
 def test_saved_base_model_loads_again(converted, tmp_path):

@@ -1,0 +1,44 @@
+"""What tests/test_integration.py has two processes do together, started by torchrun; the first one saves the results.
+
+Arguments: the folder of a model, and the file to write.
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+from test_integration import counted_absorption, speak, train
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+
+def tensor_parallel(folder):
+    """What a model of which each process holds half says; the gradients of what both hold; and the numbers in its cache."""
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan="auto"))
+    with counted_absorption() as absorbed:
+        spoken = speak(model)
+    ids = torch.arange(1, 41).view(2, 20)
+    model(ids, labels=ids).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "norm" in name or "kv_a_proj" in name}
+    gradients = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
+    cache = model(ids).past_key_values.layers[0].keys
+    return {"spoken": spoken, "absorbed": absorbed.call_count, "gradients": gradients, "cache": cache}
+
+
+def fully_sharded(folder):
+    """Losses of a few steps on half of the batch each."""
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    # Accelerate itself chooses FSDP on GPUs only; what it then does needs none.
+    accelerator.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    losses, model = train(AutoModelForCausalLM.from_pretrained(folder), accelerator)
+    return {"losses": losses, "layer": type(model.model.layers[0]).__name__}
+
+
+if __name__ == "__main__":
+    folder, file = sys.argv[1:]
+    results = {"tensor parallel": tensor_parallel(folder), "fully sharded": fully_sharded(folder)}
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, file)
+    torch.distributed.destroy_process_group()
