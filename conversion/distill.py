@@ -25,7 +25,7 @@ from .errors import UserError
 from .planner import HEAD_TOKENS
 
 
-PATIENCE = 5  # evaluations without a new best after which healing stops
+PATIENCE = 10  # evaluations without a new best after which healing stops; a high learning rate hides what its decay will bring
 BEST = "best.safetensors"
 
 
@@ -142,13 +142,13 @@ class Healing(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the weights if they are the best so far; stop after some evaluations without a new best."""
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        best = losses.index(min(losses))
-        if best == len(losses) - 1:
+        if losses[-1] == min(losses):
             self.trainer.keep_best()
-        elif len(losses) - 1 - best >= PATIENCE:
+        since_start = losses[1:] or losses  # a good conversion gets worse at first
+        if len(since_start) - since_start.index(min(since_start)) > PATIENCE:
             control.should_training_stop = True
         if self.bar is not None:
-            self.bar.write(f"step {state.global_step}: held-out perplexity {math.exp(losses[-1]):.4f}", file=sys.stderr)
+            self.bar.write(f"step {state.global_step}: held-out perplexity {math.exp(min(losses[-1], 700.0)):.4f}", file=sys.stderr)
         self.logged = state.global_step, time.perf_counter()  # the evaluation's own time is not the training's
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 import hf_mla
@@ -169,7 +170,9 @@ def heal(
         "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
     }
     with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*") as folder:
-        settings = training_arguments(folder, steps, rate, micro, accumulated, seed, run_device)
+        resumed = last_checkpoint(folder) if processes.is_main_process else None
+        resumed = broadcast_object_list([resumed])[0]
+        settings = training_arguments(folder, steps, rate, micro, accumulated, seed, run_device, resumed is not None)
         half = run_device.type == "cuda"
         stored = torch.bfloat16 if student_checkpoint.dtype == "BF16" else torch.float32
         student = load_model(student_checkpoint, torch.device("cpu"), stored if half and train == "lora" else torch.float32)
@@ -191,7 +194,7 @@ def heal(
         )
         callback.trainer = trainer
         silence(trainer)
-        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+        trainer.train(resume_from_checkpoint=resumed)
         state = trainer.state
         if processes.is_main_process:
             del trainer, student
@@ -297,6 +300,7 @@ def training_arguments(
     accumulated: int,
     seed: int,
     device: torch.device,
+    resumed: bool,
 ) -> Any:
     """The Trainer's settings: AdamW, cosine decay to zero, an evaluation and a checkpoint every twentieth of the steps."""
     from transformers import TrainingArguments
@@ -315,7 +319,7 @@ def training_arguments(
         max_grad_norm=1.0,
         eval_strategy="steps",
         eval_steps=every,
-        eval_on_start=True,
+        eval_on_start=not resumed,
         prediction_loss_only=True,
         save_steps=every,
         save_total_limit=1,

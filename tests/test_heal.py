@@ -114,7 +114,7 @@ def test_adapters_of_the_trained_rank(pair, tmp_path):
 def test_it_stops_by_itself_and_keeps_the_best(pair, tmp_path):
     report = small(pair, tmp_path / "healed", train="all", learning_rate=3.0, steps=20)
     measured = curve(vars(report))
-    assert report.stopped_early and report.steps_taken == distillation.PATIENCE and min(measured, key=measured.get) == 0
+    assert report.stopped_early and report.steps_taken == distillation.PATIENCE + 1 and min(measured, key=measured.get) == 0
     assert all(torch.equal(tensor, weights(pair[1])[name]) for name, tensor in weights(tmp_path / "healed").items())
 
 
@@ -153,6 +153,7 @@ def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
         heal(out, str(tmp_path / "killed"), **options, seed=1)
     resumed, whole = (heal(out, str(tmp_path / name), **options) for name in ("killed", "whole"))
     assert curve(vars(resumed)) == pytest.approx(curve(vars(whole)), rel=1e-4)
+    assert [entry["step"] for entry in resumed.history] == [entry["step"] for entry in whole.history]
     assert not work.exists()
 
 
