@@ -194,12 +194,12 @@ print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
 def test_peak_memory_does_not_grow_with_depth_and_is_foretold(tmp_path):
     peaks = {}
-    for layers in (2, 4):
+    for layers in (4, 8):  # the first few grow the heap to its size
         source = make_source(
             tmp_path / f"{layers}",
-            hidden_size=1024,
-            intermediate_size=2816,
-            num_attention_heads=16,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_attention_heads=12,
             num_key_value_heads=4,
             head_dim=64,
             num_hidden_layers=layers,
@@ -210,6 +210,6 @@ def test_peak_memory_does_not_grow_with_depth_and_is_foretold(tmp_path):
             [sys.executable, "-c", PEAK, source, str(tmp_path / f"out{layers}")], capture_output=True, text=True, check=True
         )
         peaks[layers] = int(done.stdout)
-    assert peaks[4] < 1.05 * peaks[2], peaks
+    assert peaks[8] < 1.05 * peaks[4], peaks
     foretold = memory_estimate(open_checkpoint(source), (192, 32), tokens=4096)
-    assert 0.8 * foretold < peaks[4] < 1.1 * foretold, (peaks, foretold)
+    assert 0.8 * foretold < peaks[8] < 1.1 * foretold, (peaks, foretold)
