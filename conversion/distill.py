@@ -84,7 +84,10 @@ class DistillationTrainer(Trainer):
                 target = self.teacher(input_ids=ids, use_cache=False).logits
             loss = divergence(logits.flatten(0, 1), target.flatten(0, 1))
         else:
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            predictions, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+            pairs = zip(predictions.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+            losses = [nn.functional.cross_entropy(part.float(), right, reduction="sum") for part, right in pairs]
+            loss = torch.stack(losses).sum() / len(targets)
         if not loss.isfinite():
             broken = next((f"layer {layer}" for layer, output in watched if not output.isfinite().all()), "the head")
             saved = sorted(self.folder.glob("checkpoint-*/complete"), key=lambda mark: int(mark.parent.name.split("-")[1]))

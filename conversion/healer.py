@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import Tensor
 
 import hf_mla
@@ -194,7 +195,10 @@ def heal(
         )
         callback.trainer = trainer
         silence(trainer)
-        trainer.train(resume_from_checkpoint=resumed)
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except SafetensorError as error:  # a full disk arrives as this, not as an OSError
+            raise OSError(str(error)) from error
         state = trainer.state
         if processes.is_main_process:
             del trainer, student
@@ -322,7 +326,7 @@ def training_arguments(
         eval_on_start=not resumed,
         prediction_loss_only=True,
         save_steps=every,
-        save_total_limit=1,
+        save_total_limit=2,  # the older one until the newer is marked complete
         logging_steps=max(1, every // 5),
         logging_nan_inf_filter=False,
         bf16=device.type == "cuda",

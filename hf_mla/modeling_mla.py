@@ -118,8 +118,8 @@ class MLAAttention(nn.Module):
         Returns:
             Keys [B, H, S, N + P] and values [B, H, S, V].
         """
-        # Three dimensions, [B, S, H * (N + V)]: what adapters and quantized layers are made for.
-        expanded = self.kv_b_proj(kv_nope.squeeze(1)).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
+        # Contiguous and of three dimensions, [B, S, R]: what adapters and quantized layers are made for.
+        expanded = self.kv_b_proj(kv_nope.squeeze(1).contiguous()).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
         k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         return torch.cat([k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
 
@@ -199,19 +199,21 @@ class MLAAttention(nn.Module):
         parts = [kv_nope, k_rot]
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
-        latent = torch.cat(parts, dim=-1)
+        latent = None
         paged = kwargs.pop("cache", None)  # of continuous batching
         if paged is not None:
-            latent = self.update_pages(paged, latent, kwargs)
+            latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)
         elif past_key_values is not None:
+            latent = torch.cat(parts, dim=-1)
             latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g]
-        parts = latent.split([part.shape[-1] for part in parts], dim=-1)
+        if latent is not None:
+            parts = list(latent.split([part.shape[-1] for part in parts], dim=-1))
         kv_nope, k_rot = parts[:2]
         key_scale = parts[2].squeeze(1).transpose(1, 2) if self.num_key_norms else None  # [B, g, S]
 
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
-        readable = past_key_values is not None or (paged is not None and attention_mask is not None)
-        if readable and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
+        readable = paged is None or attention_mask is not None
+        if latent is not None and readable and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
             if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                 attention_mask = attention_mask[:, None, None, :].bool()
             weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)

@@ -24,7 +24,7 @@ def fill_tables(constants: ModuleType, model_types: Sequence[str]) -> None:
     """
     for name, table in vars(constants).items():
         if name.endswith("_IA3_TARGET_MODULES_MAPPING"):
-            targets = ["kv_b_proj", "down_proj"]  # keys and values, as for the original
+            targets = ["kv_b_proj", "down_proj"]  # keys and values, as for Llama
         elif name.endswith("_IA3_FEEDFORWARD_MODULES_MAPPING"):
             targets = ["down_proj"]
         elif name.endswith("_TARGET_MODULES_MAPPING") and table.get("llama") == ["q_proj", "v_proj"]:  # LoRA and its like
