@@ -1,20 +1,74 @@
-"""Every example runs from the command line as its docstring says."""
+"""Every example runs from the command line as its docstring says, and does what it is there to show."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_example_runs(example, tmp_path):
-    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run([sys.executable, str(example)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+def run(words, folder, *arguments):
+    """What an example prints: `words` run it, in an empty folder."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where hf-mla is
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "PATH": path}
+    done = subprocess.run([*words, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "The captain looked at the sea and" in done.stdout
-    assert "cached" in done.stdout
+    return done.stdout
+
+
+def correct(output):
+    """The two scores that a fine-tuning prints, in percent."""
+    return [int(score) for score in re.findall(r"^correct (?:before|after): (\d+)%", output, re.MULTILINE)]
+
+
+def test_generate(tmp_path):
+    output = run([sys.executable, EXAMPLES / "generate.py"], tmp_path)
+    assert "The captain looked at the sea and" in output
+    assert "cached" in output
+
+
+def test_finetune_lora(tmp_path):
+    output = run([sys.executable, EXAMPLES / "finetune_lora.py"], tmp_path, "--out", "backwards")
+    before, after = correct(output)
+    assert before < 10 and after > 80
+    said, answer = re.search(r"^Say (.+) backwards: (.+)\.$", output, re.MULTILINE).groups()
+    assert sorted(said.split()) == sorted(answer.split())
+    assert re.search(r"cached \d+ tokens in [\d,]+ bytes", output)
+    assert not list((tmp_path / "backwards").glob("adapter*"))  # merged
+
+
+def test_finetune_sft(tmp_path, converted):
+    output = run([sys.executable, EXAMPLES / "finetune_sft.py"], tmp_path, converted[0], "--out", "chat")
+    before, after = correct(output)
+    assert before < 10 and after > 80
+    assert re.search(r"^(My|Your) .+\. -> So (my|your) .+\.$", output, re.MULTILINE)
+    assert (tmp_path / "chat" / "chat_template.jinja").exists()
+
+
+def test_convert_and_heal(tmp_path):
+    output = run([EXAMPLES / "convert_and_heal.sh"], tmp_path)
+    before, after = map(float, re.search(r"^held-out perplexity +([\d.]+) -> ([\d.]+);", output, re.MULTILINE).groups())
+    assert after < 0.96 * before
+    verified = float(re.search(r"^at 1,024 tokens .+\(x ([\d.]+)\)", output, re.MULTILINE).group(1))
+    assert 1 < verified < 2
+    assert (tmp_path / "bundled-mla-healed" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["heal_accelerate.yaml", "heal_deepspeed.yaml"])
+def test_accelerate_takes_the_configuration(name):
+    config = load_config_from_file(str(EXAMPLES / name))  # refuses keys that it does not know
+    options = config.fsdp_config or config.deepspeed_config
+    known = vars(launch_command_parser().parse_args(["script.py"]))
+    assert options and options.keys() <= known.keys()  # these it would ignore
+    if config.distributed_type == DistributedType.FSDP:  # DeepSpeed's needs DeepSpeed
+        settings = {key if key == "fsdp_version" else key.removeprefix("fsdp_"): value for key, value in options.items()}
+        assert FullyShardedDataParallelPlugin(**settings).fsdp_version == 2
