@@ -118,9 +118,10 @@ TRAINED = {
 }
 
 
-def add_healing(card: str, report: "HealReport", recipe: dict) -> str:
-    """Put what healing did and measured into a converted checkpoint's card, before its limits."""
-    assert report.verify is not None and report.perplexity is not None
+def add_healing(card: str, report: "HealReport", recipe: dict, name: str) -> str:
+    """Put what healing did and measured into a converted checkpoint's card, before its limits, and its new name."""
+    assert report.verify is not None
+    card = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{name}"', card)
     section = HEALING.format(
         teacher=recipe["teacher"],
         what=TRAINED[recipe["train"]].format(rank=recipe["lora_rank"]),
@@ -130,9 +131,9 @@ def add_healing(card: str, report: "HealReport", recipe: dict) -> str:
         window=report.window,
         stopped=" It stopped by itself: nothing improved any more." if report.stopped_early else "",
         held=report.verify.tokens,
-        source=report.perplexity.source,
-        healed=report.perplexity.converted,
-        ratio=report.perplexity_ratio,
+        source=report.verify.perplexity.source,
+        healed=report.verify.perplexity.converted,
+        ratio=report.verify.perplexity_ratio,
         agreement=report.verify.top1_agreement,
         kl=report.verify.kl,
     )

@@ -128,7 +128,7 @@ def parser() -> argparse.ArgumentParser:
     add_revision(heal)
     heal.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted healing has done")
     heal.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
-    heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take")
+    heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
     info = command("info", run_info, "describe a checkpoint, converted or not")
     info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
@@ -317,7 +317,7 @@ def run_heal(options: dict[str, Any], as_json: bool) -> int:
     from .healer import heal
 
     result: Any = heal(**given(options))
-    if result.output or options["dry_run"]:  # of several processes, the main one knows the result
+    if result.output or options.get("dry_run"):  # of several processes, the main one knows the result
         show(result, as_json, lambda: heal_table(result))
     return 0
 
@@ -334,8 +334,8 @@ def heal_table(result: Any) -> str:
         taken = f"{result.steps_taken:,}" + (" (nothing improved any more)" if result.stopped_early else "")
         lines |= {
             "steps taken": taken,
-            "held-out perplexity": f"{first:.3f} -> {result.perplexity.converted:.3f}; source {result.perplexity.source:.3f} "
-            f"(x {result.perplexity_ratio:.4f})",
+            "held-out perplexity": f"{first:.3f} -> {result.verify.perplexity.converted:.3f}; "
+            f"source {result.verify.perplexity.source:.3f} (x {result.verify.perplexity_ratio:.4f})",
             "verdict": result.verify.verdict,
             "time": f"{result.seconds:.0f} s",
             "output": result.output,

@@ -90,11 +90,9 @@ class DistillationTrainer(Trainer):
             loss = torch.stack(losses).sum() / len(targets)
         if not loss.isfinite():
             broken = next((f"layer {layer}" for layer, output in watched if not output.isfinite().all()), "the head")
-            saved = sorted(self.folder.glob("checkpoint-*/complete"), key=lambda mark: int(mark.parent.name.split("-")[1]))
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step}: {broken} is the first that computes what is not "
-                f"finite. The last good checkpoint ({saved[-1].parent if saved else 'none yet'}) is kept: the same command goes on "
-                "from it; or begin again with a lower --learning-rate and --restart"
+                f"finite; what was saved before is kept in {self.folder}. Begin again with a lower --learning-rate and --restart"
             )
         return (loss, {"logits": logits}) if return_outputs else loss
 
@@ -160,8 +158,8 @@ class Healing(TrainerCallback):
         if state.is_world_process_zero:
             (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "complete").touch()
 
-    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the progress bar."""
+    def close(self) -> None:
+        """Close the progress bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
 

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import TrainerState
 
 import hf_mla
 
 from .card import add_healing
-from .checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, check_output, load_file, open_checkpoint
+from .checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
 from .converter import launched_processes, transformers_version
 from .distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from .errors import UserError
 from .loading import check_vocabulary, choose_device, load_model, load_tokenizer
-from .planner import HEAD_TOKENS, SCALES, PerSide
+from .planner import HEAD_TOKENS, SCALES
 from .progress import source_fingerprint, token_fingerprint, work_on, write_json
 from .text import read_text, token_windows
 from .verifier import VerifyReport, check_pair, compare
@@ -64,10 +65,8 @@ class HealReport:
     """Of this run; what an interrupted one had done before is not counted."""
     history: list[dict[str, float]] = field(default_factory=list)
     """`step` with `divergence` (nats per position) and `tokens_per_second`, or with `perplexity` on held-back text."""
-    perplexity: PerSide | None = None
-    """On held-back text: of the source, and of the healed model."""
-    perplexity_ratio: float | None = None
     verify: VerifyReport | None = None
+    """The result against the source, on held-back text."""
     output: str = ""
 
 
@@ -122,7 +121,10 @@ def heal(
     check_options(steps, train, lora_rank, learning_rate, step_tokens)
     student_checkpoint, teacher_checkpoint = open_checkpoint(out), open_checkpoint(teacher, revision)
     check_pair(student_checkpoint, teacher_checkpoint)
-    assert student_checkpoint.folder is not None
+    assert student_checkpoint.folder is not None and teacher_checkpoint.folder is not None
+    widest = max(min(shape) for shape in linear_shapes(student_checkpoint))
+    if train == "lora" and lora_rank > widest:
+        raise UserError(f"--lora-rank is {lora_rank}; allowed: 1 to {widest}, the smaller side of this model's widest matrix")
     run_device = choose_device(device)
     processes = launched_processes(run_device)
     window = trained_window(student_checkpoint, run_device)
@@ -141,10 +143,11 @@ def heal(
             student_checkpoint, teacher_checkpoint, train, lora_rank, micro * window, run_device, gradient_checkpointing
         ),
     )
+    size = sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in student_checkpoint.tensors.values())
+    for folder in (student_checkpoint.folder, teacher_checkpoint.folder):
+        path = check_output(dest, folder, size, overwrite=overwrite)
     if dry_run:
         return plan
-    size = sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in student_checkpoint.tensors.values())
-    path = check_output(dest, student_checkpoint.folder, size, overwrite=overwrite)
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher)
     most = (steps * step_tokens // window + HELD_BACK) * window
     windows = token_windows(read_text(text, most), tokenizer, most, window, seed)
@@ -153,6 +156,11 @@ def heal(
     held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
     if windows.shape[1] < window or len(windows) <= held:
         raise UserError(f"the text has {windows.numel():,} tokens; {(held + 1) * window:,} are the least here, millions are usual")
+    if step_tokens > (len(windows) - held) * window:
+        raise UserError(
+            f"a step takes {step_tokens:,} tokens, the text has {(len(windows) - held) * window:,} beside those held back; "
+            "lower --step-tokens, or give more text"
+        )
     rate = RATES[train] if learning_rate is None else learning_rate
     recipe = {
         "out": out,
@@ -170,43 +178,61 @@ def heal(
         "device": run_device.type,
         "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
     }
-    with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*") as folder:
-        resumed = last_checkpoint(folder) if processes.is_main_process else None
-        resumed = broadcast_object_list([resumed])[0]
-        settings = training_arguments(folder, steps, rate, micro, accumulated, seed, run_device, resumed is not None)
-        half = run_device.type == "cuda"
-        stored = torch.bfloat16 if student_checkpoint.dtype == "BF16" else torch.float32
-        student = load_model(student_checkpoint, torch.device("cpu"), stored if half and train == "lora" else torch.float32)
-        student = prepare(student, train, lora_rank, seed)
-        if gradient_checkpointing:
-            # Transformers 5.23 has a new name for it.
-            name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-            getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        original = load_model(teacher_checkpoint, torch.device("cpu"), "auto" if half else torch.float32).requires_grad_(False)
-        callback = Healing(step_tokens)
-        trainer = DistillationTrainer(
-            teacher=original,
-            folder=folder,
-            model=student,
-            args=settings,
-            train_dataset=Windows(windows[held:]),
-            eval_dataset=Windows(windows[:held]),
-            callbacks=[callback],
-        )
-        callback.trainer = trainer
-        silence(trainer)
-        try:
-            trainer.train(resume_from_checkpoint=resumed)
-        except SafetensorError as error:  # a full disk arrives as this, not as an OSError
-            raise OSError(str(error)) from error
-        state = trainer.state
+    with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*/complete") as folder:
+        trained, resumed = folder / "trained.json", None  # the Trainer's state after the last step
         if processes.is_main_process:
-            del trainer, student
-            report = finish(
-                student_checkpoint, original, windows[:held], folder, plan, recipe, state, path, time.perf_counter() - started
+            resumed = last_checkpoint(folder)
+        original = load_model(teacher_checkpoint, torch.device("cpu"), stored_type(teacher_checkpoint, run_device))
+        resumed, done = broadcast_object_list([resumed, trained.exists()])
+        if not done:
+            student = load_model(
+                student_checkpoint,
+                torch.device("cpu"),
+                stored_type(student_checkpoint, run_device) if train == "lora" else torch.float32,
             )
+            student = prepare(student, train, lora_rank, seed)
+            if gradient_checkpointing:  # changes no result, so the recipe does not mention it
+                # Transformers 5.23 has a new name for it.
+                name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+                getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+            callback = Healing(step_tokens)
+            trainer = DistillationTrainer(
+                teacher=original.requires_grad_(False),
+                folder=folder,
+                model=student,
+                args=training_arguments(folder, steps, rate, micro, accumulated, seed, run_device, resumed is not None),
+                train_dataset=Windows(windows[held:]),
+                eval_dataset=Windows(windows[:held]),
+                callbacks=[callback],
+            )
+            callback.trainer = trainer
+            silence(trainer)
+            try:
+                trainer.train(resume_from_checkpoint=resumed)
+            except SafetensorError as error:  # a full disk arrives as this, not as an OSError
+                raise OSError(str(error)) from error
+            finally:
+                callback.close()
+            if processes.is_main_process:
+                trainer.state.save_to_json(str(trained))
+            del trainer, student
+        report = plan
+        if processes.is_main_process:
+            output = write_healed(student_checkpoint, folder, recipe)
+            healed = load_model(open_checkpoint(str(output)), run_device, stored_type(student_checkpoint, run_device))
+            state = TrainerState.load_from_json(str(trained))
+            report = replace(
+                plan,
+                steps_taken=state.global_step,
+                stopped_early=state.global_step < steps,
+                seconds=time.perf_counter() - started,
+                history=history(state.log_history),
+                verify=compare(original.to(run_device), healed, [windows[:held]], None),
+                output=str(path),
+            )
+            record_healing(output, report, recipe, path.name)
         processes.wait_for_everyone()
-    return report if processes.is_main_process else plan
+    return report
 
 
 def check_options(steps: int, train: str, lora_rank: int, learning_rate: float | None, step_tokens: int | None) -> None:
@@ -234,12 +260,16 @@ def trained_window(checkpoint: Checkpoint, device: torch.device) -> int:
         return window
 
 
+def linear_shapes(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
+    """Shapes of all matrices that adapters are put on."""
+    return [tensor.shape for name, tensor in checkpoint.tensors.items() if ".layers." in name and len(tensor.shape) == 2]
+
+
 def trained_parameters(checkpoint: Checkpoint, train: str, lora_rank: int) -> int:
     """How many numbers are trained, from headers alone."""
     tensors = checkpoint.tensors
     if train == "lora":
-        layers = [tensor.shape for name, tensor in tensors.items() if ".layers." in name and len(tensor.shape) == 2]
-        return sum(lora_rank * sum(shape) for shape in layers)
+        return sum(lora_rank * sum(shape) for shape in linear_shapes(checkpoint))
     return sum(tensor.parameters for name, tensor in tensors.items() if train == "all" or ".self_attn." in name)
 
 
@@ -318,7 +348,7 @@ def training_arguments(
         gradient_accumulation_steps=accumulated,
         learning_rate=rate,
         lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(steps / 20),
+        warmup_steps=steps // 20,  # whose first trains nothing
         adam_beta2=0.95,
         max_grad_norm=1.0,
         eval_strategy="steps",
@@ -360,36 +390,19 @@ def silence(trainer: Any) -> None:
         trainer.remove_callback(callback)
 
 
-def finish(
-    checkpoint: Checkpoint,
-    teacher: Any,
-    held: Tensor,
-    folder: Path,
-    plan: HealReport,
-    recipe: dict,
-    state: Any,
-    path: Path,
-    seconds: float,
-) -> HealReport:
-    """Merge the best weights, write the healed checkpoint to `folder`/output, and verify it.
+def write_healed(checkpoint: Checkpoint, folder: Path, recipe: dict) -> Path:
+    """Write the healed checkpoint: the best weights, merged, each in the type it was stored in; all else as it was.
 
     Args:
         checkpoint: what was healed.
-        teacher: the source model.
-        held: windows [windows, tokens] that nothing was trained on.
         folder: with the best weights.
-        plan: what was to be done.
         recipe: what the result depends on.
-        state: the Trainer's, with its history.
-        path: where the output will appear.
-        seconds: that it took.
 
     Returns:
-        The report, as it is recorded in the checkpoint too.
+        `folder`/output.
     """
     assert checkpoint.folder is not None
     student = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    stored = next(getattr(torch, name) for name, header in DTYPES.items() if header == checkpoint.dtype)
     healed = prepare(student, recipe["train"], recipe["lora_rank"] or LORA_RANK, recipe["seed"])
     missing, unexpected = healed.load_state_dict(load_file(folder / BEST), strict=False)
     assert not unexpected and not {name for name, p in healed.named_parameters() if p.requires_grad} & set(missing)
@@ -399,31 +412,25 @@ def finish(
     shutil.rmtree(output, ignore_errors=True)
     weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", ".*")
     shutil.copytree(checkpoint.folder, output, ignore=weights)
-    healed.requires_grad_(False).eval().to(stored)
-    healed.config.dtype = stored
-    healed.save_pretrained(output)
-    healed.to(teacher.device, torch.float32 if teacher.device.type == "cpu" else stored)
-    measured = compare(teacher, healed, [held.to(teacher.device)], None)
-    report = HealReport(
-        **{
-            **vars(plan),
-            "steps_taken": state.global_step,
-            "stopped_early": state.global_step < plan.steps,
-            "seconds": seconds,
-            "history": history(state.log_history),
-            "perplexity": measured.perplexity,
-            "perplexity_ratio": measured.perplexity_ratio,
-            "verify": measured,
-            "output": str(path),
-        }
-    )
-    record_file = output / RECORD
+    state, types = healed.state_dict(), {header: getattr(torch, name) for name, header in DTYPES.items()}
+    ShardWriter(output, checkpoint.tensors).write(lambda name: state[name].to(types[checkpoint.tensors[name].dtype]))
+    return output
+
+
+def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:
+    """Add what was done to the record and the card of a healed checkpoint, if it has them; `name` is its new one."""
+    record_file, card_file = output / RECORD, output / "README.md"
     record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
-    write_json({**record, "healing": {"recipe": recipe, "report": asdict(report)}}, record_file)
-    card = output / "README.md"
-    before = card.read_text(encoding="utf-8") if card.exists() else ""
-    card.write_text(add_healing(before, report, recipe), encoding="utf-8")
-    return report
+    entry = {"recipe": recipe, "report": asdict(report)}
+    write_json(record | {"healing": [*record.get("healing", []), entry]}, record_file)
+    if card_file.exists():
+        card_file.write_text(add_healing(card_file.read_text(encoding="utf-8"), report, recipe, name), encoding="utf-8")
+
+
+def stored_type(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """What a model that is not trained computes in: its own type on a GPU, float32 on the CPU."""
+    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
+    return getattr(torch, stored) if device.type == "cuda" else torch.float32
 
 
 def history(log: list[dict[str, float]]) -> list[dict[str, float]]:

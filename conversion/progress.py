@@ -64,10 +64,9 @@ def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool
             (folder / "output").rename(path)
             shutil.rmtree(folder)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what is done so far is kept in {folder}, "
-            "and the same command goes on with it"
-        ) from error
+        kept = any(folder.glob(worth))
+        what = f"what is done so far is kept in {folder}, and the same command goes on with it" if kept else "nothing is kept"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {what}") from error
     finally:
         if processes.is_main_process and folder.exists() and not any(folder.glob(worth)):
             shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping yet
@@ -103,7 +102,7 @@ def check_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> N
             changes.append(name if name.endswith("sha256") else f"{name} (was {earlier}, is {value})")
     if changes:
         raise UserError(
-            f"{folder} holds unfinished work of another conversion, with other {', '.join(changes)}; "
+            f"{folder} holds unfinished work with other {', '.join(changes)}; "
             "give its command to go on with it, or --restart to begin anew"
         )
 

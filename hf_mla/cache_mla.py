@@ -244,7 +244,8 @@ class MLACache(Cache):
         config: the configuration of the model.
         max_cache_len: None for a cache that grows; a number of tokens for a static one, which `torch.compile` needs.
         offloading: keep all layers but the one at work on the CPU (CUDA only).
-        quantization: None, "int8" or "fp8": how the latents are stored; rotary keys stay in the type of the model.
+        quantization: None, "int8" or "fp8": how the latents are stored; rotary keys stay in the type of the model. For inference:
+            no gradient flows through it.
 
     Example:
         >>> cache = MLACache(model.config)

@@ -48,7 +48,11 @@ def batched(model, prompts, monkeypatch):
 
 
 @pytest.mark.skipif(not ARRIVED, reason="Transformers hands the pages to the attention since 5.19")
-@pytest.mark.mode("Continuous batching", since="5.19", costs="pages of r + p numbers a token; not the block-table kernel of flash")
+@pytest.mark.mode(
+    "Continuous batching",
+    since="5.19",
+    costs="pages of r + p numbers a token (an even number), never quantized; not the block-table kernel of flash",
+)
 @pytest.mark.parametrize(
     ("family", "implementation", "changes"),
     [

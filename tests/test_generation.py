@@ -262,7 +262,9 @@ def test_save_and_load(family, length, tmp_path):
     assert torch.equal(generate(model, sequences, past_key_values=loaded)[0], generate(model, sequences, use_cache=False)[0])
 
 
-@pytest.mark.mode("Taking caches apart and joining them (DataParallel)", since="5.15", costs="one copy; then as DynamicCache")
+@pytest.mark.mode(
+    "Taking caches apart and joining them (DataParallel)", since="5.15", costs="one copy; then as DynamicCache; not quantized ones"
+)
 @pytest.mark.parametrize("own", [False, True], ids=["DynamicCache", "MLACache"])
 @all_families
 def test_gathering(family, own):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_mla_conversion import UserError, convert, heal
+from hf_mla_conversion import UserError, convert, heal, healer
 from hf_mla_conversion import distill as distillation
 from hf_mla_conversion.distill import divergence
 from hf_mla_conversion.text import BUNDLED
@@ -65,7 +65,7 @@ def test_the_divergence_is_pytorchs():
 @pytest.mark.parametrize("train", ["lora", "attention", "all"])
 def test_what_is_trained_changes_and_nothing_else(pair, tmp_path, train):
     report = small(pair, tmp_path / "healed", train=train, learning_rate=3e-3)
-    assert report.perplexity.converted < curve(vars(report))[0]
+    assert report.verify.perplexity.converted < curve(vars(report))[0]
     before, after = weights(pair[1]), weights(tmp_path / "healed")
     assert before.keys() == after.keys()  # adapters are merged
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -94,10 +94,12 @@ def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
     ]
     assert ratios[1] < ratios[0]  # on text that neither has seen
     record = json.loads((tmp_path / "healed" / "conversion.json").read_text())
-    assert record["report"]["layers"] and record["healing"]["recipe"]["steps"] == 12
-    assert record["healing"]["report"]["perplexity_ratio"] == report.perplexity_ratio
+    (healing,) = record["healing"]
+    assert record["report"]["layers"] and healing["recipe"]["steps"] == 12
+    assert healing["report"]["verify"]["perplexity_ratio"] == report.verify.perplexity_ratio
     card = (tmp_path / "healed" / "README.md").read_text()
-    assert f"(x {report.perplexity_ratio:.4f})" in card and card.index("## Healing") < card.index("## Limits")
+    assert f"(x {report.verify.perplexity_ratio:.4f})" in card and card.index("## Healing") < card.index("## Limits")
+    assert card.count('from_pretrained("healed"') == 2
     assert {path.name for path in Path(converted[0]).iterdir()} == {path.name for path in Path(dest).iterdir()}
 
 
@@ -127,12 +129,37 @@ def test_a_broken_layer_is_named_and_the_last_checkpoint_kept(pair, tmp_path, mo
             self.trainer.model.model.layers[1].self_attn.o_proj.weight.data[0, 0] = math.inf
 
     monkeypatch.setattr(distillation.Healing, "on_step_end", break_layer)
-    with pytest.raises(UserError, match=r"at step 6: layer 1 is the first .* The last good checkpoint \(.*checkpoint-5\) is kept"):
+    with pytest.raises(UserError, match="at step 6: layer 1 is the first .* is kept in"):
         small(pair, tmp_path / "healed")
     monkeypatch.undo()
-    assert not (tmp_path / "healed").exists()
+    assert not (tmp_path / "healed").exists() and list(tmp_path.glob(".healed.incomplete/checkpoint-5/complete"))
     report = small(pair, tmp_path / "healed")  # goes on from step 5
-    assert report.steps_taken == 10 and math.isfinite(report.perplexity_ratio)
+    assert report.steps_taken == 10 and math.isfinite(report.verify.perplexity_ratio)
+
+
+def test_a_finished_training_is_not_trained_on(pair, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(healer, "write_healed", full)
+    with pytest.raises(UserError, match="No space left on device; what is done so far is kept in"):
+        small(pair, tmp_path / "healed", steps=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(distillation.DistillationTrainer, "train", full)
+    assert small(pair, tmp_path / "healed", steps=3).steps_taken == 3
+
+
+def test_what_is_measured_is_what_is_written(pair, tmp_path):
+    report = small(pair, tmp_path / "healed", learning_rate=1e-30, steps=2)
+    assert report.verify.perplexity.converted == pytest.approx(curve(vars(report))[0], rel=1e-5)  # a loss of 10 in float32
+
+
+def test_types_are_kept(pair, tmp_path):
+    convert(pair[0], str(tmp_path / "half"), kv_lora_rank=8, qk_rope_head_dim=4, calibration_tokens=4096, steps=0, dtype="float16")
+    small((pair[0], str(tmp_path / "half")), tmp_path / "healed", steps=2)
+    before, after = weights(tmp_path / "half"), weights(tmp_path / "healed")
+    assert {name: tensor.dtype for name, tensor in before.items()} == {name: tensor.dtype for name, tensor in after.items()}
+    assert all(tensor.isfinite().all() for tensor in after.values())
 
 
 def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
@@ -173,7 +200,7 @@ def test_two_processes_reach_the_loss_of_one(converted, tmp_path):
     two = json.loads(done.stdout)
     one = heal(converted[0], str(tmp_path / "one"), teacher=MODEL, text=CALIBRATION, steps=4, step_tokens=2048, device="cpu")
     assert two["tokens_per_step"] == one.tokens_per_step and len(curve(two)) == 5
-    assert two["perplexity"]["converted"] == pytest.approx(one.perplexity.converted, rel=0.01)
+    assert two["verify"]["perplexity"]["converted"] == pytest.approx(one.verify.perplexity.converted, rel=0.01)
     assert curve(two) == pytest.approx(curve(vars(one)), rel=0.01)
 
 
@@ -201,6 +228,8 @@ def test_gradient_checkpointing_gives_the_same_weights(pair, tmp_path):
         ({"train": "mlp"}, "--train is mlp; allowed: lora, attention, all"),
         ({"steps": 0}, "--steps is 0; allowed: 1 or more"),
         ({"lora_rank": 0}, "--lora-rank is 0"),
+        ({"train": "lora", "lora_rank": 49}, "--lora-rank is 49; allowed: 1 to 48"),
+        ({"step_tokens": 1 << 24}, "lower --step-tokens, or give more text"),
         ({"learning_rate": math.nan}, "--learning-rate is nan; it must be positive"),
         ({"step_tokens": 0}, "--step-tokens is 0"),
         ({"text": "nowhere.txt"}, "there is no text file nowhere.txt"),

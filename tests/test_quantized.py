@@ -15,7 +15,9 @@ from hf_mla_conversion.text import read_text, token_windows
 
 both = pytest.mark.parametrize("quantization", ["int8", "fp8"])
 mode = pytest.mark.mode(
-    "Quantized cache, int8 or fp8", since="5.15", costs="r + 2 (p + 1) bytes a token (bf16); perplexity +0.1 % (fp8 +0.3 %) at most"
+    "Quantized cache, int8 or fp8",
+    since="5.15",
+    costs="r + 2 (p + 1) bytes a token (bf16), and 2 for each key norm; perplexity +0.1 % (fp8 +0.3 %) at most",
 )
 GREEDY = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
 

@@ -112,7 +112,7 @@ def test_other_work_is_not_taken_up(tmp_path, monkeypatch):
         ({"kv_lora_rank": 40}, "sizes"),
         ({"calibration": str(tmp_path / "text.txt")}, "calibration_sha256"),
     ):
-        with pytest.raises(UserError, match="unfinished work of another conversion") as refused:
+        with pytest.raises(UserError, match="unfinished work") as refused:
             convert(source, str(tmp_path / "out"), **(OPTIONS | change))
         assert named in str(refused.value)
     make_source(tmp_path / "source", "Llama", head_dim=32, rms_norm_eps=1e-3)
