@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import MODEL, make_source
@@ -77,7 +78,8 @@ def test_interrupted_in_any_stage(tmp_path, monkeypatch, whole, stage):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen(command(MODEL, tmp_path / "out", "--restart"), stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background of a shell does not
+    process = subprocess.Popen(command(MODEL, tmp_path / "out", "--restart"), stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     seen = ""
     while "converting" not in seen and process.poll() is None:
         seen += process.stderr.read(1)
