@@ -42,7 +42,7 @@ def test_killed_at_random_moments(tmp_path, whole):
     while not (tmp_path / "out").exists():
         process = subprocess.Popen(command(MODEL, tmp_path / "out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(chance.uniform(2, 9) + kills)  # longer every time, lest it never ends
+            process.wait(chance.uniform(3, 9) + 3 * kills)  # longer every time, lest it never ends
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
