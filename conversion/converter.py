@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import hf_mla
 from hf_mla.modeling_mla import MLAAttention
 
 from .calibrate import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
@@ -31,10 +29,10 @@ from .checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkp
 from .closed_form import convert_attention, mla_config
 from .errors import UserError
 from .families import refusal
-from .loading import check_vocabulary, choose_device, compute_dtype, load_tokenizer
+from .loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
 from .measures import Comparison
 from .planner import SCALES, PlanReport, check_memory, make_plan, possible_sizes
-from .progress import layer_file, source_fingerprint, token_fingerprint, work_on, write_json
+from .progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
 from .reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
 from .reports import Candidate, ConvertReport, LayerReport
 from .streaming import LayerStream, allocate
@@ -130,7 +128,7 @@ def convert(
         "dtype": dtype,
         "seed": seed,
         "device": run_device.type,
-        "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
+        "versions": versions(),
     }
     processes = launched_processes(run_device)
     if processes.num_processes > 1:
@@ -162,21 +160,6 @@ def convert(
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
-
-
-def transformers_version() -> str:
-    """The version of Transformers, whose layers compute what is fitted to."""
-    import transformers
-
-    return transformers.__version__
-
-
-def launched_processes(device: torch.device) -> Any:
-    """The processes that `accelerate launch` started, this one among them; without it, this one alone."""
-    from accelerate import PartialState
-
-    # The others wait while the main process surveys the model, however long that takes.
-    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 @contextmanager

@@ -6,7 +6,6 @@ another checkpoint with the record of what was done, and verifies it.
 """
 
 import json
-import logging
 import math
 import shutil
 import time
@@ -18,23 +17,18 @@ import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import TrainerState
-
-import hf_mla
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
 from .card import add_healing
 from .checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
-from .converter import launched_processes, transformers_version
 from .distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from .errors import UserError
-from .loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from .loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
 from .planner import HEAD_TOKENS, SCALES
-from .progress import source_fingerprint, token_fingerprint, work_on, write_json
+from .progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
 from .text import read_text, token_windows
 from .verifier import VerifyReport, check_pair, compare
 
-
-logger = logging.getLogger(__name__)
 
 STEPS = 1000
 RATES = {"lora": 1e-3, "attention": 1e-3, "all": 5e-4}
@@ -101,7 +95,7 @@ def heal(
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
         lora_rank: rank of the adapters.
-        learning_rate: at its highest; None for what measured best.
+        learning_rate: at its highest; None for 1e-3, and 5e-4 for all weights.
         step_tokens: in one step, over all processes; None for 16,384 on a GPU and 4,096 on the CPU.
         gradient_checkpointing: compute activations again in the backward pass, for less memory and more time.
         device: "auto", "cpu" or "cuda".
@@ -176,19 +170,19 @@ def heal(
         "tokens_per_step": step_tokens,
         "seed": seed,
         "device": run_device.type,
-        "versions": {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers_version()},
+        "versions": versions(),
     }
     with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*/complete") as folder:
         trained, resumed = folder / "trained.json", None  # the Trainer's state after the last step
         if processes.is_main_process:
             resumed = last_checkpoint(folder)
-        original = load_model(teacher_checkpoint, torch.device("cpu"), stored_type(teacher_checkpoint, run_device))
+        original = load_model(teacher_checkpoint, torch.device("cpu"), compute_dtype(teacher_checkpoint, run_device))
         resumed, done = broadcast_object_list([resumed, trained.exists()])
         if not done:
             student = load_model(
                 student_checkpoint,
                 torch.device("cpu"),
-                stored_type(student_checkpoint, run_device) if train == "lora" else torch.float32,
+                compute_dtype(student_checkpoint, run_device) if train == "lora" else torch.float32,
             )
             student = prepare(student, train, lora_rank, seed)
             if gradient_checkpointing:  # changes no result, so the recipe does not mention it
@@ -219,7 +213,7 @@ def heal(
         report = plan
         if processes.is_main_process:
             output = write_healed(student_checkpoint, folder, recipe)
-            healed = load_model(open_checkpoint(str(output)), run_device, stored_type(student_checkpoint, run_device))
+            healed = load_model(open_checkpoint(str(output)), run_device, compute_dtype(student_checkpoint, run_device))
             state = TrainerState.load_from_json(str(trained))
             report = replace(
                 plan,
@@ -296,17 +290,16 @@ def memory(
     Returns:
         Bytes of `student`, `teacher`, `gradients_and_optimizer` and `activations`, and their `total`.
     """
-    half = device.type == "cuda"
     config, trained = student.config, trained_parameters(student, train, lora_rank)
-    width = 2 if half else 4  # of an activation
+    width = 2 if device.type == "cuda" else 4  # of an activation
     weights = sum(tensor.parameters for tensor in student.tensors.values())
-    theirs = sum(tensor.parameters * (ITEMSIZE[tensor.dtype] if half else 4) for tensor in teacher.tensors.values())
+    theirs = sum(tensor.parameters for tensor in teacher.tensors.values())
     heads, hidden = config.num_attention_heads, config.hidden_size
     layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * config.intermediate_size
     kept = config.num_hidden_layers * hidden + layer if gradient_checkpointing else config.num_hidden_layers * layer
     parts = {
-        "student": weights * (2 if half and train == "lora" and student.dtype == "BF16" else 4),
-        "teacher": theirs,
+        "student": weights * (compute_dtype(student, device) if train == "lora" else torch.float32).itemsize,
+        "teacher": theirs * compute_dtype(teacher, device).itemsize,
         "gradients_and_optimizer": trained * (16 if train == "lora" else 12),
         "activations": tokens * (kept * width + config.vocab_size * (width + 8)) + HEAD_TOKENS * config.vocab_size * 16,
     }
@@ -337,8 +330,6 @@ def training_arguments(
     resumed: bool,
 ) -> Any:
     """The Trainer's settings: AdamW, cosine decay to zero, an evaluation and a checkpoint every twentieth of the steps."""
-    from transformers import TrainingArguments
-
     every = math.ceil(steps / EVALUATIONS)
     return TrainingArguments(
         output_dir=str(folder),
@@ -384,8 +375,6 @@ def prepare(student: Any, train: str, lora_rank: int, seed: int) -> Any:
 
 def silence(trainer: Any) -> None:
     """Results go to stdout, and to nothing else: the Trainer's own progress goes there too."""
-    from transformers import PrinterCallback, ProgressCallback
-
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
 
@@ -425,12 +414,6 @@ def record_healing(output: Path, report: HealReport, recipe: dict, name: str) ->
     write_json(record | {"healing": [*record.get("healing", []), entry]}, record_file)
     if card_file.exists():
         card_file.write_text(add_healing(card_file.read_text(encoding="utf-8"), report, recipe, name), encoding="utf-8")
-
-
-def stored_type(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """What a model that is not trained computes in: its own type on a GPU, float32 on the CPU."""
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
-    return getattr(torch, stored) if device.type == "cuda" else torch.float32
 
 
 def history(log: list[dict[str, float]]) -> list[dict[str, float]]:

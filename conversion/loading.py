@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models, tokenizers and devices, each there as asked for or refused in one line."""
+"""Whole models, tokenizers, devices and processes, each there as asked for or refused in one line."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,11 @@ def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     if checkpoint.dtype == "F64":
         return torch.float64
     return torch.bfloat16 if checkpoint.dtype == "BF16" and device.type == "cuda" else torch.float32
+
+
+def launched_processes(device: torch.device) -> Any:
+    """The processes that `accelerate launch` started, this one among them; without it, this one alone."""
+    from accelerate import PartialState
+
+    # The others wait while the main process surveys the model, however long that takes.
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))

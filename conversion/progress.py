@@ -107,6 +107,16 @@ def check_recipe(before: dict[str, Any], now: dict[str, Any], folder: Path) -> N
         )
 
 
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    import torch
+    import transformers
+
+    import hf_mla
+
+    return {"hf_mla": hf_mla.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
     assert checkpoint.folder is not None

@@ -275,13 +275,13 @@ class LatentCacheGenerationMixin(GenerationMixin):
             )
         manager: Any = super().init_continuous_batching(*args, **kwargs)
         manager.continuous_batching_config.max_blocks_per_request = 0  # flash would write keys and values to the pages by itself
-        create, config = manager._create_batch_processor, self.config
+        create, config = type(manager)._create_batch_processor, self.config
 
         def create_with_latents() -> Any:
             shape = config.num_key_value_heads, config.head_dim
             config.num_key_value_heads, config.head_dim = 1, math.ceil(config.kv_floats_per_token_per_layer / 2)
             try:
-                return create()
+                return create(manager)  # of the class: the library hands out a manager that it kept again, wrapped already
             finally:
                 config.num_key_value_heads, config.head_dim = shape
 
