@@ -1,10 +1,12 @@
 """Continuous batching: `generate_batch` over pages of packed latents equals `generate`, and the pages hold no more than those."""
 
+import sys
+
 import pytest
 import torch
 import transformers
 from conftest import make_mla
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from hf_mla.configuration_mla import release
 
@@ -26,7 +28,6 @@ def expected(model, prompts):
 
 def batched(model, prompts, monkeypatch):
     """What `generate_batch` makes of all prompts, and the numbers that a token takes in the pages of each layer."""
-    from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching import cache as paging
 
     sizes = []
@@ -78,3 +79,14 @@ def test_a_batch_equals_generate(family, implementation, changes, monkeypatch):
 def test_older_versions_are_refused_in_one_line():
     with pytest.raises(NotImplementedError, match="needs Transformers 5.19 or newer; this is 5"):
         make_mla().generate_batch(inputs=[[5, 6]], generation_config=settings())
+
+
+@pytest.mark.skipif(not ARRIVED, reason="needs Transformers 5.19")
+def test_a_manager_that_is_kept_can_be_asked_for_any_number_of_times():
+    model = make_mla()
+    manager = model.init_continuous_batching(settings(), ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64))
+    model._cached_continuous_batching_manager = manager
+    for _ in range(sys.getrecursionlimit()):
+        assert model.init_continuous_batching() is manager
+    processor = manager._create_batch_processor()
+    assert processor.cache.cache_allocators["full_attention"].head_dim == model.config.kv_floats_per_token_per_layer // 2
