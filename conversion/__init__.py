@@ -11,6 +11,7 @@ from .errors import UserError
 
 
 if TYPE_CHECKING:
+    from .bencher import bench
     from .converter import convert
     from .demonstration import demo
     from .healer import heal
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from .planner import plan
     from .verifier import verify
 
-__all__ = ["UserError", "convert", "demo", "env", "heal", "info", "plan", "verify"]
+__all__ = ["UserError", "bench", "convert", "demo", "env", "heal", "info", "plan", "verify"]
 
 # Modules are not named like their functions: importing one would put it in the function's place.
 _HOMES = {
+    "bench": "bencher",
     "convert": "converter",
     "demo": "demonstration",
     "env": "inspector",

@@ -130,6 +130,17 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
     heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
+    bench = command("bench", run_bench, "time decoding with a converted model and with its source")
+    bench.add_argument("out", metavar="OUT", help="converted checkpoint")
+    bench.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
+    bench.add_argument("--batch", type=int, metavar="N", help="sequences decoded at once (1)")
+    bench.add_argument("--context", type=int, nargs="+", metavar="N", help="tokens in each; several may be given (2048)")
+    bench.add_argument("--new-tokens", type=int, metavar="N", help="steps that are timed together (32)")
+    add_device(bench)
+    bench.add_argument("--dtype", metavar="T", help="auto, float32, bfloat16 or float16 (auto: the source's, float32 on a CPU)")
+    bench.add_argument("--plot", metavar="FILE", help="draw speed and cache against context to a .png, .svg or .pdf file")
+    add_revision(bench)
+
     info = command("info", run_info, "describe a checkpoint, converted or not")
     info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
     info.add_argument("--plot", metavar="FILE", help="draw a conversion's spectra and errors to a .png, .svg or .pdf file")
@@ -341,6 +352,34 @@ def heal_table(result: Any) -> str:
             "output": result.output,
         }
     return rows(lines)
+
+
+def run_bench(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla bench`."""
+    from .bencher import bench
+
+    result = bench(**given(options))
+    show(result, as_json, lambda: bench_table(result))
+    return 0
+
+
+def bench_table(result: Any) -> str:
+    """A benchmark for people: a line for each context and model, each ratio after what it is of."""
+    lines = [("context", "model", "ms a step", "spread", "tokens a second", "ratio", "cache", "ratio")]
+    for context in result.contexts:
+        ratios = f"x {context.speedup:.2f}", f"x {context.cache_ratio:.3f}"
+        for side, length, faster, smaller in (("source", f"{context.context:,}", "", ""), ("converted", "", *ratios)):
+            step, spread, rate, held = (
+                getattr(getattr(context, name), side)
+                for name in ("decode_ms_per_token", "spread", "decode_tokens_per_second", "cache_bytes")
+            )
+            lines.append((length, side, f"{step:.3f}", f"{spread:.1%}", f"{rate:,.0f}", faster, size(held), smaller))
+    widths = (-9, -11, 9, 9, 17, 9, 11, 9)  # negative: to the left
+    table = "\n".join(
+        "".join(f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return f"{result.device}, {result.dtype}, batch {result.batch}\n{table}"
 
 
 def run_info(options: dict[str, Any], as_json: bool) -> int:

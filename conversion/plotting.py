@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture of a conversion (`info --plot`), from what its conversion.json holds; matplotlib is an optional extra."""
+"""Pictures: of a conversion (`info --plot`), from what its conversion.json holds, and of a benchmark (`bench --plot`).
+
+matplotlib is an optional extra.
+"""
 
 import json
 from pathlib import Path
@@ -13,8 +16,8 @@ FORMATS = (".png", ".svg", ".pdf")
 LEAST_SHARE = 1e-7  # of the energy; what lies below is rounding, and would take up most of a logarithmic axis
 
 
-def check_plot(plot: str) -> Path:
-    """The path of a picture, or a UserError if nothing can draw it."""
+def check_plot(plot: str) -> None:
+    """Raise a UserError if nothing can draw a picture, or it has no folder to be in."""
     path = user_path(plot)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
@@ -22,7 +25,16 @@ def check_plot(plot: str) -> Path:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError('--plot needs matplotlib, which is not installed: pip install "hf-mla[plot]"') from None
-    return path
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {plot} cannot be written: No such file or directory")
+
+
+def save_figure(figure: Any, plot: str) -> None:
+    """Write a matplotlib figure, or raise a UserError."""
+    try:
+        figure.savefig(user_path(plot))
+    except OSError as error:
+        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
 
 
 def plot_conversion(record: Path, name: str, plot: str) -> None:
@@ -36,7 +48,6 @@ def plot_conversion(record: Path, name: str, plot: str) -> None:
     Raises:
         UserError: there is no such record, it is damaged, or the file cannot be written.
     """
-    path = check_plot(plot)
     if not record.is_file():
         raise UserError(f"{name} has no {record.name}; only the folder that `hf-mla convert` wrote can be drawn")
     try:
@@ -44,10 +55,7 @@ def plot_conversion(record: Path, name: str, plot: str) -> None:
         figure = draw(content["spectra"], content["report"], name)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}/{record.name} cannot be drawn, it is damaged: {brief(repr(error))}") from None
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
+    save_figure(figure, plot)
 
 
 def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
@@ -91,4 +99,37 @@ def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
     right.set(xlabel="layer", ylabel="relative squared error", title="Error of the attention output, on held-back text")
     right.set_ylim(bottom=0)
     right.legend()
+    return figure
+
+
+def draw_bench(report: Any) -> Any:
+    """The figure of a benchmark: tokens per second on the left, bytes of the caches on the right, against the context.
+
+    Args:
+        report: a `BenchReport`.
+
+    Returns:
+        As `draw`.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(f"{report.device}, {report.dtype}, batch {report.batch}", parse_math=False)
+    contexts = [context.context for context in report.contexts]
+    for side in ("source", "converted"):
+        rates = [getattr(context.decode_tokens_per_second, side) for context in report.contexts]
+        held = [getattr(context.cache_bytes, side) / 1e6 for context in report.contexts]
+        for axes, values in ((left, rates), (right, held)):
+            axes.plot(contexts, values, marker="o", markersize=4, label=side)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("context")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    left.set(ylabel="tokens per second", title="Decoding")
+    right.set(ylabel="MB", title="Cache")
     return figure

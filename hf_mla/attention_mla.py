@@ -15,7 +15,10 @@ Notation, here and in `modeling_mla.py`:
     R kv_lora_rank    P qk_rope_head_dim    N qk_nope_head_dim    V v_head_dim
     g num_key_norms, where QK-norm is kept exactly
 
-This file travels with every checkpoint: it imports only torch, transformers and files beside it.
+On a GPU the absorbed path runs as a Triton kernel, `decode_triton.py`, where the package hf_mla is installed beside Triton. What
+stands here is the same in torch, for all other machines, types and masks.
+
+This file travels with every checkpoint: it imports only torch, transformers and files beside it, and hf_mla where that exists.
 """
 
 from typing import Any
@@ -24,9 +27,24 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .cache_mla import dequantize
+
+
+try:
+    from hf_mla.decode_triton import latent_decode
+except ImportError:
+    latent_decode = None
+
 
 def absorbing_is_cheaper(
-    new_tokens: int, all_tokens: int, rank: int, rope_dim: int, nope_dim: int, value_dim: int, weight_cost: int = 0
+    new_tokens: int,
+    all_tokens: int,
+    rank: int,
+    rope_dim: int,
+    nope_dim: int,
+    value_dim: int,
+    weight_cost: int = 0,
+    in_kernel: bool = False,
 ) -> bool:
     """Whether absorbed attention takes fewer multiplications than expanded, per head and sequence, in no more memory.
 
@@ -38,6 +56,7 @@ def absorbing_is_cheaper(
         nope_dim: N.
         value_dim: V.
         weight_cost: multiplications it takes to obtain W_UK and W_UV for one head, divided by the batch size.
+        in_kernel: whether it runs as a kernel, which keeps no scores.
 
     Returns:
         True to absorb.
@@ -45,7 +64,7 @@ def absorbing_is_cheaper(
     expanded = all_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (nope_dim + rope_dim + value_dim)
     absorbed = new_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (2 * rank + rope_dim) + weight_cost
     # Scores are T * S numbers a head, held about four times over (scores, softmax in float32); K and V are S * (N + P + V).
-    fits = 4 * new_tokens <= nope_dim + rope_dim + value_dim
+    fits = in_kernel or 4 * new_tokens <= nope_dim + rope_dim + value_dim
     return new_tokens < all_tokens and fits and absorbed < expanded
 
 
@@ -78,6 +97,18 @@ def effective_weight(module: Any, rank: int, like: torch.Tensor) -> torch.Tensor
     return module(torch.eye(rank, dtype=like.dtype, device=like.device)).T
 
 
+def runs_in_kernel(query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether absorbed attention of these tensors (see `absorbed_attention`) runs as a Triton kernel."""
+    return (
+        latent_decode is not None
+        and query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and (latent.dtype == query.dtype or latent.dtype.itemsize == 1)
+        and (attention_mask is None or attention_mask.dtype == torch.bool)
+        and not torch.compiler.is_exporting()  # an exported program must not need this package
+    )
+
+
 def absorbed_attention(
     query_nope: torch.Tensor,
     query_rope: torch.Tensor,
@@ -85,21 +116,26 @@ def absorbed_attention(
     kv_b_weight: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    key_scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    num_key_norms: int = 0,
+    rest: torch.Tensor | None = None,
+    need_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of T new tokens over S packed latents; no key or value of a cached token is ever formed.
 
     Args:
         query_nope: [B, H, T, N], position-free queries.
         query_rope: [B, H, T, P], rotary queries, after RoPE.
-        latent: [B, 1, S, R + P], as cached: c_kv and the rotary key after RoPE.
+        latent: [B, 1, S, R + P + g], as cached: c_kv, the rotary key after RoPE, and what the keys of each of g equal groups of
+            neighbouring heads are multiplied by. Of a quantized cache the codes, [B, 1, S, R].
         kv_b_weight: [H * (N + V), R], the effective weight of `kv_b_proj`.
         attention_mask: None to attend to all S tokens; bool (true attends) or additive, broadcastable to [B, 1, T, S].
         scaling: factor on the scores.
-        key_scale: [B, g, S], what the keys of each of g equal groups of neighbouring heads are multiplied by, or None.
+        num_key_norms: g.
+        rest: [B, 1, S, P + g + 1], what a quantized cache holds beside the codes (see `cache_mla.quantize`).
+        need_weights: whether to return the attention weights.
 
     Returns:
-        The output [B, T, H, V] and the attention weights [B, H, T, S].
+        The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel, which has none, did the work.
     """
     batch, heads, tokens, nope_dim = query_nope.shape
     rank, rope_dim = kv_b_weight.shape[1], query_rope.shape[-1]
@@ -108,21 +144,30 @@ def absorbed_attention(
     # One matrix product per head over all tokens of the batch: a broadcast product would copy W_UK for every sequence.
     query = query_nope.transpose(0, 1).reshape(heads, batch * tokens, nope_dim) @ weight_uk  # [H, B * T, R]
     query = query.view(heads, batch, tokens, rank).transpose(0, 1)  # [B, H, T, R]
-    query = torch.cat([query, query_rope], dim=-1).view(batch, heads * tokens, rank + rope_dim) * scaling
+    query = torch.cat([query, query_rope], dim=-1)  # [B, H, T, R + P]
 
-    latent = latent.squeeze(1)  # [B, S, R + P]
-    scores = query @ latent.transpose(1, 2)  # [B, H * T, S]
-    if key_scale is not None:
-        scores = scores.unflatten(1, (key_scale.shape[1], -1)) * key_scale.unsqueeze(2)  # [B, g, H / g * T, S]
-    scores = scores.view(batch, heads, tokens, -1)  # [B, H, T, S]
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    weights = None
+    if not need_weights and runs_in_kernel(query, latent, attention_mask):
+        codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
+        context = latent_decode(query, codes[:, 0], beside[:, 0], rank, scaling, attention_mask, num_key_norms=num_key_norms)
+    else:
+        if rest is not None:
+            latent = dequantize(latent, rest)
+        latent = latent.squeeze(1)  # [B, S, R + P + g]
+        query = query.view(batch, heads * tokens, rank + rope_dim) * scaling
+        scores = query @ latent[..., : rank + rope_dim].transpose(1, 2)  # [B, H * T, S]
+        if num_key_norms:
+            key_norms = latent[..., rank + rope_dim :].transpose(1, 2)  # [B, g, S]
+            scores = scores.unflatten(1, (num_key_norms, -1)) * key_norms.unsqueeze(2)  # [B, g, H / g * T, S]
+        scores = scores.view(batch, heads, tokens, -1)  # [B, H, T, S]
+        if attention_mask is not None:
+            if attention_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+            else:
+                scores = scores + attention_mask
+        weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+        context = weights.view(batch, heads * tokens, -1) @ latent[..., :rank]  # [B, H * T, R]
+        context = context.view(batch, heads, tokens, rank).transpose(0, 1)  # [H, B, T, R]
 
-    context = weights.view(batch, heads * tokens, -1) @ latent[..., :rank]  # [B, H * T, R]
-    context = context.view(batch, heads, tokens, rank).transpose(0, 1).reshape(heads, batch * tokens, rank)
-    output = context @ weight_uv.transpose(1, 2)  # [H, B * T, V]
+    output = context.reshape(heads, batch * tokens, rank) @ weight_uv.transpose(1, 2)  # [H, B * T, V]
     return output.view(heads, batch, tokens, -1).permute(1, 2, 0, 3), weights

@@ -167,7 +167,7 @@ def dequantize(codes: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
 
 
 class QuantizedLayerMixin:
-    """Mixed into a layer, makes it store quantized latents; it is given packed latents and gives them back, as other layers do.
+    """Mixed into a layer, makes it store quantized latents; it is given packed latents and gives back what it stores.
 
     `keys` are the codes [B, 1, S, R], to be viewed as `code_dtype`: stored as int8, since PyTorch does not index float8
     everywhere. `values` are [B, 1, S, P + g + 1]: rotary key, key norms and the scale. No gradient flows through the cache.
@@ -206,11 +206,11 @@ class QuantizedLayerMixin:
             **kwargs: passed on.
 
         Returns:
-            All latents [B, 1, S, R + P + g] as they can be recovered, and the empty values [B, 1, S, 0].
+            The codes [B, 1, S, R] of all tokens and the rest [B, 1, S, P + g + 1], as `dequantize` wants them.
         """
         codes, rest = quantize(key_states, self.rank, self.code_dtype)
         codes, rest = super().update(codes.view(torch.int8), rest, *args, **kwargs)  # type: ignore[misc]
-        return dequantize(codes.view(self.code_dtype), rest), rest[..., :0]
+        return codes.view(self.code_dtype), rest
 
 
 class QuantizedLatentDynamicLayer(QuantizedLayerMixin, LatentDynamicLayer):

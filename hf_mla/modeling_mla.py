@@ -44,8 +44,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2For
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_mla import absorbed_attention, absorbing_is_cheaper, effective_weight, is_one_matrix, is_plain_linear
-from .cache_mla import quantization_of, use_latent_layers
+from .attention_mla import (
+    absorbed_attention,
+    absorbing_is_cheaper,
+    effective_weight,
+    is_one_matrix,
+    is_plain_linear,
+    runs_in_kernel,
+)
+from .cache_mla import dequantize, quantization_of, use_latent_layers
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
 
 
@@ -144,7 +151,7 @@ class MLAAttention(nn.Module):
         key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
         return torch.cat([key, value], dim=-1)[..., :width]
 
-    def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any) -> bool:
+    def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any, in_kernel: bool = False) -> bool:
         """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
         if torch.is_grad_enabled() or (self.training and self.attention_dropout):
             return False
@@ -162,7 +169,7 @@ class MLAAttention(nn.Module):
             readable = readable and new_tokens == 1 and all_tokens <= (self.sliding_window or all_tokens)
         pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
         dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
-        return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed)
+        return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed, in_kernel=in_kernel)
 
     def forward(
         self,
@@ -199,27 +206,32 @@ class MLAAttention(nn.Module):
         parts = [kv_nope, k_rot]
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
-        latent = None
+        latent = rest = None
         paged = kwargs.pop("cache", None)  # of continuous batching
         if paged is not None:
-            latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)
+            latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
         elif past_key_values is not None:
             latent = torch.cat(parts, dim=-1)
-            latent, _ = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g]
+            latent, rest = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g], or codes
+            rest = rest if rest.shape[-1] else None  # of a quantized cache
+
+        # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
+        if latent is not None and (paged is None or attention_mask is not None):
+            need_weights = self.config._attn_implementation == "eager"
+            in_kernel = not need_weights and runs_in_kernel(query, latent, attention_mask)
+            if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
+                if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
+                    attention_mask = attention_mask[:, None, None, :].bool()
+                weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
+                output, weights = absorbed_attention(
+                    q_nope, q_rot, latent, weight, attention_mask, self.scaling, self.num_key_norms, rest, need_weights
+                )
+                return self.o_proj(output.reshape(batch, tokens, -1)), weights
         if latent is not None:
+            latent = latent if rest is None else dequantize(latent, rest)
             parts = list(latent.split([part.shape[-1] for part in parts], dim=-1))
         kv_nope, k_rot = parts[:2]
         key_scale = parts[2].squeeze(1).transpose(1, 2) if self.num_key_norms else None  # [B, g, S]
-
-        # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
-        readable = paged is None or attention_mask is not None
-        if latent is not None and readable and self.should_absorb(batch, tokens, latent.shape[2], attention_mask):
-            if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
-                attention_mask = attention_mask[:, None, None, :].bool()
-            weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
-            latent = latent[..., : self.kv_lora_rank + self.qk_rope_head_dim]
-            output, weights = absorbed_attention(q_nope, q_rot, latent, weight, attention_mask, self.scaling, key_scale)
-            return self.o_proj(output.reshape(batch, tokens, -1)), weights
 
         query = torch.cat([q_nope, q_rot], dim=-1)
         key, value = self.expand_kv(kv_nope, k_rot)

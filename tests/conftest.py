@@ -10,6 +10,8 @@ import torch
 import transformers
 
 
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 

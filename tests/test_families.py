@@ -224,19 +224,6 @@ def test_adapters_take_part_in_both_paths(target):
 
 
 @torch.no_grad()
-def test_compiled_static_decoding_has_no_graph_break():
-    model = make_mla("Qwen3", num_key_norms=2)
-    ids = torch.randint(1, 97, (2, 20))
-    expected = model(ids, use_cache=False).logits
-    cache = MLACache(model.config, max_cache_len=32)
-    model(ids[:, :16], past_key_values=cache)
-    step = torch.compile(model, fullgraph=True, backend="eager")
-    for place in range(16, 20):
-        logits = step(ids[:, place, None], past_key_values=cache, position_ids=torch.full((2, 1), place)).logits
-        assert (logits[:, 0] - expected[:, place]).abs().max() < 1e-5
-
-
-@torch.no_grad()
 def test_window_without_a_mask_is_left_to_the_kernel():
     """FlashAttention gets no mask over the window: only a cache that holds no more than the window may be absorbed."""
     attention = make_mla("Mistral", sliding_window=8).model.layers[0].self_attn

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from conftest import LLAMA3_ROPE, make_mla
-from transformers import CompileConfig, DynamicCache, LlamaConfig, StaticCache, TextIteratorStreamer, set_seed
+from transformers import DynamicCache, LlamaConfig, StaticCache, TextIteratorStreamer, set_seed
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_mla import MLACache, cache_bytes
@@ -48,7 +48,7 @@ def generate(model, prompt, **options):
 
 def check(model, prompt, exact=True, **options):
     """The same tokens with a cache as without, and r + p numbers for each token in the cache: no more, or a quarter to spare."""
-    reference = {k: v for k, v in options.items() if k not in ("cache_implementation", "max_cache_len", "compile_config")}
+    reference = {k: v for k, v in options.items() if k not in ("cache_implementation", "max_cache_len")}
     set_seed(0)
     expected, none = generate(model, prompt, use_cache=False, **reference)
     assert none is None
@@ -326,15 +326,6 @@ def test_compiled(family, backend):
             positions = torch.full((2, 1), len(ids) - 1)
             ids.append(step(ids[-1], past_key_values=cache, position_ids=positions).logits.argmax(-1))
     assert torch.equal(torch.cat(ids, 1), expected)
-
-
-@pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
-def test_compiled_by_generate():
-    compile_config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    compile_config._compile_all_devices = True  # else only on a GPU
-    torch._dynamo.reset()
-    check(make(), make_prompt(), cache_implementation="static", compile_config=compile_config)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.mode("Offloaded cache", since="5.15", costs="the latents of each layer cross the bus once a step", gpu=True)

@@ -36,7 +36,7 @@ def test_remote_files_import_only_what_travels(file):
     for module, level in imports(path):
         if level:
             assert level == 1 and f"{module}.py" in REMOTE_FILES, module
-        else:
+        elif (file, module) != ("attention_mla.py", "hf_mla.decode_triton"):  # the one that may be missing
             assert module.split(".")[0] in {*sys.stdlib_module_names, "torch", "transformers", "huggingface_hub"}, module
     # Transformers finds relative imports by a regular expression over the text, docstrings included.
     found = set(re.findall(r"^\s*from\s+\.(\S+)\s+import", path.read_text(), re.MULTILINE))

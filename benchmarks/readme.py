@@ -1,0 +1,115 @@
+"""Writes the figures in README.md from the results of benchmarks.
+
+python benchmarks/readme.py
+
+What stands in README.md between `<!-- figures: NAME -->` and `<!-- end figures -->` is what the function NAME here makes of
+results/NAME.json, or "not measured yet" where there is no such file. Each file names its machine. A median comes with its
+`spread`, two numbers that it lies between: {"kernel": 0.2, ...} with {"kernel": [0.19, 0.22], ...}. What could not be measured is
+null or absent.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.DOTALL)
+
+
+def decode_kernel(result: dict[str, Any]) -> str:
+    """Attention of one layer at one step: the kernel beside its alternatives and the time that reading the cache takes."""
+    header = ["batch x context", "heads", "latent", "at copy speed", "kernel", "share of copy speed", "GQA, flash"]
+    header += ["torch on the latent", "re-expansion"]
+    rows = []
+    for row in result["rows"]:
+        kernel, *others = (cell(row, "milliseconds", name) for name in ("kernel", "gqa_flash", "torch", "reexpansion"))
+        share = f"{row['floor'] / row['milliseconds']['kernel']:.0%}"
+        rows.append([size(row), row["heads"], row["latent"], number(row["floor"]), kernel, share, *others])
+    copies = f"which copies {result['copy_terabytes_per_second']:.2f} TB/s"
+    return f"Milliseconds (and their spread), {machine(result['machine'])}, {copies}:\n\n{table(header, rows)}"
+
+
+def whole_model(result: dict[str, Any]) -> str:
+    """A step of `generate` with a whole model, and the largest batch that fits."""
+    names = {"converted": "converted", "gqa": "GQA", "deepseek_v3": "DeepSeek-V3"}
+    header = ["batch x context", *names.values(), "converted to GQA", "to DeepSeek-V3"]
+    rows = []
+    for row in result["rows"]:
+        times = row["milliseconds_per_token"]
+        ours, others = times.get("converted"), (times.get(name) for name in ("gqa", "deepseek_v3"))
+        ratios = [f"x {other / ours:.2f}" if ours and other else "-" for other in others]
+        rows.append([size(row), *(cell(row, "milliseconds_per_token", name) for name in names), *ratios])
+    text = f"Milliseconds a token (and their spread), ratios of tokens per second, {machine(result['machine'])}:\n\n"
+    largest = result["largest_batch_at_32k"]
+    batches = ", ".join(f"{title} {largest.get(name) or '-'}" for name, title in names.items())
+    return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}."
+
+
+def bench(result: dict[str, Any]) -> str:
+    """What `hf-mla bench --json` printed."""
+    header = ["context", "source, ms a token", "converted", "tokens per second", "cache"]
+    rows = []
+    for row in result["contexts"]:
+        times = (f"{row['decode_ms_per_token'][side]:.3f} (+- {row['spread'][side] / 2:.1%})" for side in ("source", "converted"))
+        rows.append([f"{row['context']:,}", *times, f"x {row['speedup']:.2f}", f"x {row['cache_ratio']:.3f}"])
+    where = machine({key: result[key] for key in ("device", "torch", "transformers")})
+    return f"Batch {result['batch']}, {result['dtype']}, {where}:\n\n{table(header, rows)}"
+
+
+def machine(facts: dict[str, Any]) -> str:
+    """A machine in words: its device, then names and versions."""
+    return ", ".join([facts["device"], *(f"{name} {version}" for name, version in facts.items() if name != "device")])
+
+
+def size(row: dict[str, Any]) -> str:
+    """Batch and context."""
+    return f"{row['batch']} x {row['context']}"
+
+
+def number(value: float) -> str:
+    """Milliseconds, to three digits or three decimals."""
+    return f"{value:.3f}" if value < 1 else f"{value:.3g}"
+
+
+def cell(row: dict[str, Any], key: str, name: str) -> str:
+    """A median with what it varied between."""
+    if row[key].get(name) is None:
+        return "-"
+    least, greatest = row["spread"][name]
+    return f"{number(row[key][name])} ({number(least)} to {number(greatest)})"
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
+
+
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"bench": bench, "decode_kernel": decode_kernel, "whole_model": whole_model}
+
+
+def with_figures(text: str, results: Path) -> str:
+    """README.md as it should be.
+
+    Args:
+        text: README.md as it is.
+        results: the folder of the JSON files.
+
+    Returns:
+        The text with all blocks written anew.
+    """
+
+    def write(block: re.Match[str]) -> str:
+        begin, name, end = block.groups()
+        file = results / f"{name}.json"
+        figures = BLOCKS[name](json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else "not measured yet"
+        return f"{begin}{figures}\n{end}"
+
+    return BLOCK.sub(write, text)
+
+
+if __name__ == "__main__":
+    README.write_text(with_figures(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Absorbed attention of few new tokens over many cached latents, in Triton: the kernels of decoding.
+
+* Memory binds: a step must read every latent once. A tile of latents is loaded once and used twice, for scores and for values,
+  and neither scores nor expanded keys are ever written.
+* The tokens of a sequence are split among as many programs as fill the GPU; each leaves a partial sum and the logarithm of its
+  weight, and `merge_kernel` adds them up (Flash-Decoding).
+* Which tokens are attended is read on the device: `bounds_kernel` finds the first and the last that a mask allows, so that the
+  unused end of a static cache costs nothing, without the host knowing how long a sequence is.
+* `split_kernel` runs wherever Triton does. On Hopper GPUs `decode_hopper.py` takes its place where the layout allows it.
+
+The rows of a query are its heads and new tokens together, M = H * T; notation as in `attention_mla.py`. This file is not copied
+into checkpoints; their code uses it where this package is installed.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+try:
+    from . import decode_hopper
+except ImportError:  # a Triton without Gluon, or with an older one
+    decode_hopper = None  # type: ignore[assignment]
+
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def bounds_kernel(mask, bounds, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
+    """The first token, and the one after the last, that any of a sequence's rows attends to: mask [B, T, S] -> bounds [B, 2]."""
+    batch = tl.program_id(0)
+    first = tl.full([BLOCK_S], 2147483647, tl.int32)
+    last = tl.zeros([BLOCK_S], tl.int32)
+    for t in range(T):
+        for begin in range(0, S, BLOCK_S):
+            tokens = begin + tl.arange(0, BLOCK_S)
+            seen = tl.load(mask + batch.to(tl.int64) * mask_b + t * mask_t + tokens, mask=tokens < S, other=0) != 0
+            first = tl.where(seen, tl.minimum(first, tokens), first)
+            last = tl.where(seen, tl.maximum(last, tokens + 1), last)
+    stop = tl.max(last, 0)
+    tl.store(bounds + 2 * batch, tl.minimum(tl.min(first, 0), stop))
+    tl.store(bounds + 2 * batch + 1, stop)
+
+
+@triton.jit
+def split_kernel(
+    query, latent, rest, mask, bounds, out, lse,  # pointers
+    scale, cap, S, M, T, window, heads_per_norm, latent_b, latent_s, rest_b, rest_s, mask_b, mask_t, out_b, out_split, out_h,
+    R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NORMS: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Attend from BLOCK_M rows of one sequence to one split of its tokens; see `latent_decode` for the tensors.
+
+    `out` [.., R] is the partial sum divided by its weight, and `lse` [B, splits, M] the base-2 logarithm of that weight.
+    """
+    split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
+    query += batch * M * (R + P) + rows[:, None] * (R + P)
+    q = tl.load(query + r[None, :], mask=(rows < M)[:, None] & (r < R)[None, :], other=0.0)
+    q_rope = tl.load(query + R + p[None, :], mask=(rows < M)[:, None] & (p < P)[None, :], other=0.0)
+    latent += batch * latent_b
+    rest += batch * rest_b
+
+    start, stop = 0, S
+    if BOUNDED:
+        start, stop = tl.load(bounds + 2 * batch), tl.load(bounds + 2 * batch + 1)
+    tiles = tl.cdiv(stop - start, BLOCK_N)
+    begin = start + tiles * split // splits * BLOCK_N
+    stop = tl.minimum(stop, start + tiles * (split + 1) // splits * BLOCK_N)
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    context = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for base in range(begin, stop, BLOCK_N):
+        tokens = base + tl.arange(0, BLOCK_N)
+        live = tokens < stop
+        c = tl.load(latent + tokens[:, None] * latent_s + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
+        k_rope = tl.load(rest + tokens[:, None] * rest_s + p[None, :], mask=live[:, None] & (p < P)[None, :], other=0.0)
+        if QUANTIZED:
+            c = c.to(q.dtype) * tl.load(rest + tokens * rest_s + P + NORMS, mask=live, other=0.0)[:, None]
+        scores = tl.dot(q, tl.trans(c), input_precision="ieee")
+        scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if NORMS:
+            norm = rest + tokens[None, :] * rest_s + P + (rows // T // heads_per_norm)[:, None]
+            scores *= tl.load(norm, mask=live[None, :] & (rows < M)[:, None], other=0.0).to(tl.float32)
+        scores *= scale
+        if CAPPED:
+            scores = cap * (1 - 2 / (tl.exp2(scores) + 1))  # cap * tanh, see `latent_decode`
+        seen = live[None, :]
+        if MASKED:
+            place = mask + batch * mask_b + (rows % T)[:, None] * mask_t + tokens[None, :]
+            seen = seen & (tl.load(place, mask=live[None, :] & (rows < M)[:, None], other=0) != 0)
+        elif not BOUNDED:  # causal order
+            ahead = tokens[None, :] - (S - T + rows % T)[:, None]
+            seen = seen & (ahead <= 0) & (ahead > -window)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1))
+        shift = tl.where(new_largest == float("-inf"), 0.0, new_largest)  # rows that have seen nothing yet
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(largest - shift)
+        largest = new_largest
+        total = total * fade + tl.sum(weights, 1)
+        context = tl.dot(weights.to(c.dtype), c, context * fade[:, None], input_precision="ieee")
+
+    context *= tl.where(total > 0, 1 / total, 0.0)[:, None]
+    out += batch * out_b + split * out_split + (rows // T).to(tl.int64)[:, None] * out_h + (rows % T)[:, None] * R
+    tl.store(out + r[None, :], context.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (r < R)[None, :])
+    tl.store(lse + (batch * splits + split) * M + rows, largest + tl.log2(total), mask=rows < M)
+
+
+@triton.jit
+def merge_kernel(
+    partial, lse, out, splits, M, T, out_b, out_h, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """Average partial sums [B, splits, M, R] by weights of base-2 logarithms [B, splits, M] into `out` [H, B, T, R]."""
+    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    largest = float("-inf")
+    for begin in range(0, splits, BLOCK_S):
+        s = begin + tl.arange(0, BLOCK_S)
+        weight = tl.load(lse + (batch * splits + s) * M + row, mask=s < splits, other=float("-inf"))
+        largest = tl.maximum(largest, tl.max(weight, 0))
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = 0.0
+    context = tl.zeros([BLOCK_R], tl.float32)
+    for begin in range(0, splits, BLOCK_S):
+        s = begin + tl.arange(0, BLOCK_S)
+        weight = tl.exp2(tl.load(lse + (batch * splits + s) * M + row, mask=s < splits, other=float("-inf")) - largest)
+        place = partial + ((batch * splits + s) * M + row)[:, None] * R + r[None, :]
+        context += tl.sum(weight[:, None] * tl.load(place, mask=(s < splits)[:, None] & (r < R)[None, :], other=0.0), 0)
+        total += tl.sum(weight, 0)
+    context *= tl.where(total > 0, 1 / total, 0.0)
+    out += batch * out_b + (row // T).to(tl.int64) * out_h + (row % T) * R
+    tl.store(out + r, context.to(out.dtype.element_ty), mask=r < R)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs a device runs at a time, one to a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def choose_splits(programs: int, tokens: int, processors: int) -> int:
+    """How many parts to split each sequence into, so that the rounds the processors work in are as full as they can be.
+
+    Args:
+        programs: how many there are without a split.
+        tokens: S.
+        processors: how many programs run at a time.
+
+    Returns:
+        At least 1; a part is not made smaller than 128 tokens.
+    """
+    # A split costs about as much as the reading of 64 tokens: its part of the queries and a partial sum to write and read.
+    most = max(1, min(processors, tokens // 128))
+    return min(range(1, most + 1), key=lambda splits: math.ceil(programs * splits / processors) * (tokens / splits + 64))
+
+
+@torch.library.custom_op("hf_mla::latent_decode", mutates_args=())
+def latent_decode(
+    query: Tensor,
+    latent: Tensor,
+    rest: Tensor,
+    rank: int,
+    scaling: float,
+    mask: Tensor | None = None,
+    bounds: Tensor | None = None,
+    num_key_norms: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Absorbed attention of the new tokens' queries over cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
+
+    Without a mask or bounds, the new tokens are the last T of S, in causal order.
+
+    Args:
+        query: [B, H, T, R + P], absorbed queries followed by the rotary ones, in bfloat16, float16 or (slowly) float32.
+        latent: [B, S, R] with a contiguous last dimension, in the type of the query, or int8 or float8_e4m3fn codes.
+        rest: [B, S, P + g], rotary keys and key norms, contiguous likewise; of codes, [B, S, P + g + 1] with a scale at its end.
+        rank: R.
+        scaling: factor on the scores.
+        mask: bool, broadcastable to [B, 1, T, S], true where a token is attended to.
+        bounds: int32 [B, 2], the first token of a sequence that is attended to and the one after the last, by all new tokens.
+        num_key_norms: g.
+        window: with neither, how many tokens a token attends to, itself included; 0 for all before it.
+        softcap: c, if the scores x are to be capped as c * tanh(x / c); 0 if not.
+
+    Returns:
+        sum_t p(t) c(t), [H, B, T, R] and contiguous; zero where nothing is attended to.
+    """
+    batch, heads, new_tokens, width = query.shape
+    tokens, rope_dim, rows = latent.shape[1], width - rank, heads * new_tokens
+    scale, cap = scaling * LOG2_E, 0.0
+    if softcap:  # c tanh(x / c) = c (1 - 2 / (exp(2 x / c) + 1))
+        scale, cap = 2 * scale / softcap, softcap * LOG2_E
+    if mask is not None:
+        mask = mask.expand(batch, 1, new_tokens, tokens)
+        mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
+        bounds = bounds_of(mask)
+
+    block_r, block_p = triton.next_power_of_2(rank), max(16, triton.next_power_of_2(rope_dim))
+    block_m = max(16, min(64 if block_r + block_p <= 576 else 32, triton.next_power_of_2(rows)))  # as the shared memory allows
+    row_blocks = triton.cdiv(rows, block_m)
+    at_a_time = processors(query.device) * max(1, min(4, 512 // block_r))
+    splits = choose_splits(batch * row_blocks, tokens, at_a_time)
+
+    out = query.new_empty(heads, batch, new_tokens, rank)
+    lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=query.device)
+    if splits == 1:
+        target, target_b, target_split, target_h = out, new_tokens * rank, 0, batch * new_tokens * rank
+    else:
+        target = torch.empty(batch, splits, rows, rank, dtype=torch.float32, device=query.device)
+        target_b, target_split, target_h = splits * rows * rank, rows * rank, new_tokens * rank
+    arguments = {
+        "query": query.contiguous(),
+        "mask": mask,
+        "bounds": bounds,
+        "out": target,
+        "lse": lse,
+        "scale": scale,
+        "cap": cap,
+        "S": tokens,
+        "M": rows,
+        "T": new_tokens,
+        "window": window or 1 << 30,
+        "heads_per_norm": heads // max(1, num_key_norms),
+        "rest": rest,
+        "rest_b": rest.stride(0),
+        "rest_s": rest.stride(1),
+        "mask_b": 0 if mask is None else mask.stride(0),
+        "mask_t": 0 if mask is None else mask.stride(2),
+        "out_b": target_b,
+        "out_split": target_split,
+        "out_h": target_h,
+        "R": rank,
+        "P": rope_dim,
+        "BLOCK_M": block_m,
+        "NORMS": num_key_norms,
+        "MASKED": mask is not None,
+        "BOUNDED": bounds is not None,
+        "CAPPED": bool(softcap),
+    }
+    grid = (row_blocks, splits, batch)
+    if decode_hopper is not None and decode_hopper.fits(query, latent, rest):
+        decode_hopper.launch(grid, latent, **arguments)
+    else:
+        split_kernel[grid](
+            latent=latent,
+            latent_b=latent.stride(0),
+            latent_s=latent.stride(1),
+            BLOCK_R=block_r,
+            BLOCK_P=block_p,
+            BLOCK_N=32 if block_r > 256 else 64,
+            QUANTIZED=latent.dtype.itemsize == 1,
+            num_warps=4 if block_m * block_r <= 16 * 512 else 8,
+            num_stages=2,
+            **arguments,
+        )
+    if splits > 1:
+        block = min(rank, 128)
+        merge_kernel[rows, batch, triton.cdiv(rank, block)](
+            target, lse, out, splits, rows, new_tokens, new_tokens * rank, batch * new_tokens * rank,
+            R=rank, BLOCK_R=triton.next_power_of_2(block), BLOCK_S=min(64, triton.next_power_of_2(splits)),
+        )  # fmt: skip
+    return out
+
+
+def bounds_of(mask: Tensor) -> Tensor:
+    """The first token that a sequence's rows attend to and the one after the last: uint8 [B, 1, T, S] -> int32 [B, 2]."""
+    batch, _, new_tokens, tokens = mask.shape
+    bounds = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
+    block = min(triton.next_power_of_2(tokens), 32768)
+    strides = mask.stride(0), mask.stride(2)
+    bounds_kernel[(batch,)](mask, bounds, new_tokens, tokens, *strides, BLOCK_S=block, num_warps=max(1, min(32, block // 512)))
+    return bounds
+
+
+@latent_decode.register_fake
+def _(query: Tensor, latent: Tensor, rest: Tensor, rank: int, *args: object, **kwargs: object) -> Tensor:
+    batch, heads, new_tokens, _ = query.shape
+    return query.new_empty(heads, batch, new_tokens, rank)

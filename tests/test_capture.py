@@ -1,0 +1,61 @@
+"""Decoding can be captured: one graph without a break, compiled once however long the context grows, and no wait for the device."""
+
+from unittest import mock
+
+import pytest
+import torch
+from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
+from transformers import CompileConfig
+
+from hf_mla import MLACache, modeling_mla
+
+
+@pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
+@pytest.mark.parametrize(
+    "lengths, quantization", [((20,), None), ((18, 20, 3), None), ((18, 20, 3), "int8"), ((20,), "fp8")], ids=str
+)
+@all_families
+def test_one_graph(family, lengths, quantization):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True  # else only on a GPU
+    torch._dynamo.reset()
+    model, width = make(family), max(lengths)
+    prompt, mask = make_prompt(rows=len(lengths), length=width), torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    sequences = [
+        model.generate(
+            prompt,
+            attention_mask=mask.long(),
+            past_key_values=MLACache(model.config, max_cache_len=width + NEW, quantization=quantization),
+            max_new_tokens=NEW,
+            do_sample=False,
+            **options,
+        )
+        for options in ({}, {"compile_config": compile_config})
+    ]
+    assert torch.equal(*sequences)
+    # The library's layers with windows count tokens in a Python integer, which becomes a symbol at the second step.
+    assert len(graphs) == (1 if family in UNWINDOWED else 2)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "fp8"])
+@pytest.mark.parametrize("length", [None, 60], ids=["growing", "static"])
+@all_families
+@torch.no_grad()
+def test_nothing_is_read(family, length, quantization):
+    """On the meta device no tensor has values: whatever reads one, and would wait for a GPU, fails."""
+    model = make(family).to("meta")
+    model.set_attn_implementation("eager")  # where the library makes the mask of a prompt for SDPA, it reads the cache's length
+    cache = MLACache(model.config, max_cache_len=length, quantization=quantization)
+    ids = make_prompt(rows=3, length=40).to("meta")
+    with pytest.raises(RuntimeError, match="meta"):
+        ids.max().item()
+    with mock.patch.object(modeling_mla, "absorbed_attention", wraps=modeling_mla.absorbed_attention) as absorbed:
+        for part in ids.split([20, *[1] * 20], dim=1):
+            logits = model(part, past_key_values=cache).logits
+    assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers

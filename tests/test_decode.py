@@ -1,0 +1,166 @@
+"""The decode kernels against attention in float64; on the CPU, through Triton's interpreter, which has no bfloat16."""
+
+import pytest
+import torch
+
+
+pytest.importorskip("triton")
+from hf_mla import attention_mla, decode_triton  # noqa: E402
+
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+ERRORS = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}  # |out - reference| / |reference|
+TYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
+if not ON_GPU and not decode_triton.triton.knobs.runtime.interpret:
+    pytest.skip("Triton was imported before conftest.py could ask for its interpreter", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Memory that nothing has written reads as NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def reference(query, latent, rest, rank, scaling, mask=None, bounds=None, num_key_norms=0, window=0, softcap=0.0):
+    """`latent_decode`, from its docstring."""
+    new_tokens, tokens, rope_dim = query.shape[2], latent.shape[1], query.shape[-1] - rank
+    quantized = latent.dtype.itemsize == 1
+    query, latent, rest = query.double(), latent.double(), rest.double()
+    if quantized:
+        latent = latent * rest[..., -1:]
+    scores = torch.einsum("bhtw,bsw->bhts", query, torch.cat([latent, rest[..., :rope_dim]], dim=-1))
+    if num_key_norms:
+        norms = rest[..., rope_dim : rope_dim + num_key_norms].transpose(1, 2)
+        scores = scores * norms.repeat_interleave(query.shape[1] // num_key_norms, dim=1).unsqueeze(2)
+    scores = scores * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    key, position = torch.arange(tokens, device=DEVICE), torch.arange(tokens - new_tokens, tokens, device=DEVICE).unsqueeze(1)
+    if bounds is not None:
+        mask = ((key >= bounds[:, :1]) & (key < bounds[:, 1:]))[:, None, None]
+    elif mask is None:
+        mask = (key <= position) & (key > position - (window or tokens))
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    return torch.einsum("bhts,bsr->hbtr", weights, latent)
+
+
+def make_cache(batch, tokens, rank, rope_dim, norms, dtype, codes):
+    """Latents and what is beside them, as views of a buffer with room to spare."""
+    packed = torch.randn(batch, tokens + 70, rank + rope_dim + norms, device=DEVICE).to(dtype)
+    packed[:, tokens:] = torch.nan
+    latent, rest = packed[:, :tokens].tensor_split([rank], dim=-1)
+    if codes is not None:
+        wide = torch.randn(batch, tokens, rank, device=DEVICE) * 40
+        latent = wide.clamp(-127, 127).to(codes)
+        rest = torch.cat([rest, torch.rand(batch, tokens, 1, device=DEVICE).to(dtype) / 40], dim=-1)
+    return latent, rest
+
+
+def left_padding(batch, new_tokens, tokens):
+    mask = torch.ones(batch, 1, new_tokens, tokens, dtype=torch.bool, device=DEVICE).tril(tokens - new_tokens)
+    for row in range(batch):
+        mask[row, :, :, : 13 * row] = False
+    mask[..., tokens - 20 :] = False  # of a static cache, not written yet
+    return mask
+
+
+def tree(batch, new_tokens, tokens):
+    mask = torch.rand(batch, 1, new_tokens, tokens, device=DEVICE) < 0.2
+    mask[0, 0, 0] = False  # attends to nothing
+    return mask
+
+
+CASES = {  # batch, heads, new tokens, tokens, rank, rope_dim, and what is special
+    "one split": (3, 4, 1, 90, 48, 16, {}),
+    "many splits": (1, 32, 1, 1500, 96, 32, {}),
+    "more sequences than processors": (9, 2, 1, 70, 32, 8, {}),
+    "one head": (2, 1, 1, 300, 64, 16, {}),
+    "several new tokens": (2, 4, 5, 300, 48, 16, {}),
+    "odd dimensions": (2, 3, 2, 200, 33, 7, {}),
+    "448 + 128": (1, 16, 1, 200, 448, 128, {}),
+    "512 + 64": (2, 32, 1, 200, 512, 64, {}),
+    "window": (2, 4, 3, 300, 48, 16, {"window": 50}),
+    "soft cap": (2, 4, 1, 300, 48, 16, {"softcap": 3.0}),
+    "key norms": (2, 8, 3, 200, 96, 32, {"num_key_norms": 4}),
+    "left padding": (3, 4, 1, 300, 48, 16, {"mask": left_padding}),
+    "left padding, several new tokens": (3, 4, 4, 300, 48, 16, {"mask": left_padding}),
+    "tree": (2, 4, 6, 300, 64, 16, {"mask": tree}),
+    "bounds": (3, 4, 1, 300, 48, 16, {"bounds": [[5, 200], [0, 300], [40, 40]]}),
+    "int8": (2, 4, 1, 300, 64, 16, {"codes": torch.int8}),
+    "fp8, key norms": (2, 4, 2, 300, 64, 16, {"codes": torch.float8_e4m3fn, "num_key_norms": 2}),
+    "int8, 512 + 64": (2, 32, 1, 200, 512, 64, {"codes": torch.int8}),
+}
+GPU_CASES = {
+    "64 rows": (3, 128, 1, 3000, 512, 64, {}),
+    "16 heads": (3, 16, 1, 3000, 512, 64, {}),
+    "long": (1, 32, 1, 40000, 512, 64, {"mask": left_padding}),
+    "short prefill": (2, 32, 48, 2000, 512, 64, {"mask": left_padding}),
+    "256 + 64": (5, 32, 1, 2000, 256, 64, {}),
+    "448 + 128, 64 rows": (2, 64, 1, 2000, 448, 128, {}),
+    "128 + 32": (40, 32, 1, 2000, 128, 32, {"num_key_norms": 8}),
+}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("case", CASES | GPU_CASES if ON_GPU else CASES)
+def test_against_float64(case, dtype):
+    batch, heads, new_tokens, tokens, rank, rope_dim, options = (CASES | GPU_CASES)[case]
+    options = dict(options)
+    torch.manual_seed(0)
+    query = torch.randn(batch, heads, new_tokens, rank + rope_dim, device=DEVICE).to(dtype)
+    norms = options.get("num_key_norms", 0)
+    latent, rest = make_cache(batch, tokens, rank, rope_dim, norms, dtype, options.pop("codes", None))
+    if "mask" in options:
+        options["mask"] = options["mask"](batch, new_tokens, tokens)
+    if "bounds" in options:
+        options["bounds"] = torch.tensor(options["bounds"], dtype=torch.int32, device=DEVICE)
+    scaling = 3 / (rank + rope_dim) ** 0.5
+    out = decode_triton.latent_decode(query, latent, rest, rank, scaling, **options)
+    expected = reference(query, latent, rest, rank, scaling, **options)
+    assert out.shape == (heads, batch, new_tokens, rank) and out.is_contiguous() and out.dtype == dtype
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[dtype]
+
+
+def test_sequences_may_share_their_latents():
+    """As in continuous batching: one sequence of tokens, and bounds for each request."""
+    torch.manual_seed(0)
+    latent, rest = make_cache(1, 300, 64, 16, 0, TYPES[1], None)
+    latent, rest = latent.expand(3, -1, -1), rest.expand(3, -1, -1)
+    query = torch.randn(3, 4, 1, 80, device=DEVICE).to(TYPES[1])
+    bounds = torch.tensor([[0, 100], [100, 101], [101, 300]], dtype=torch.int32, device=DEVICE)
+    out = decode_triton.latent_decode(query, latent, rest, 64, 0.3, bounds=bounds)
+    expected = reference(query, latent, rest, 64, 0.3, bounds=bounds)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
+
+
+@pytest.mark.parametrize("programs, tokens", [(1, 131072), (16, 8192), (64, 8192), (100, 4096), (128, 4096), (5, 40)])
+def test_splits_fill_the_processors(programs, tokens):
+    """In the rounds that the programs take, at least four in five places are filled, unless parts would become too small."""
+    splits = decode_triton.choose_splits(programs, tokens, 132)
+    rounds = -(-programs * splits // 132)
+    assert programs * splits / (132 * rounds) > 0.75 or splits == max(1, tokens // 128)
+
+
+@pytest.mark.parametrize("norms, quantization", [(0, None), (2, None), (0, "int8")])
+def test_absorbed_attention_takes_the_kernel(norms, quantization, monkeypatch):
+    """With the kernel, absorbed attention gives what it gives without it."""
+    from hf_mla.cache_mla import QUANTIZATIONS, quantize
+
+    torch.manual_seed(0)
+    dtype = TYPES[0]
+    shapes = (2, 4, 3, 12), (2, 4, 3, 16), (2, 1, 60, 64 + 16 + norms), (4 * 20, 64)
+    q_nope, q_rope, latent, weight = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
+    rest = None
+    if quantization:
+        latent, rest = quantize(latent, 64, QUANTIZATIONS[quantization])
+    mask = tree(2, 3, 60) | (torch.arange(60, device=DEVICE) == 5)
+    outputs = []
+    for kernel in (False, True):
+        monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, kernel=kernel: kernel)
+        output, weights = attention_mla.absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.1, norms, rest)
+        assert (weights is None) == kernel
+        outputs.append(output.double())
+    assert (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 2 * ERRORS[dtype]
