@@ -60,6 +60,19 @@ def bench(result: dict[str, Any]) -> str:
     return f"Batch {result['batch']}, {result['dtype']}, {where}:\n\n{table(header, rows)}"
 
 
+def training(result: dict[str, Any]) -> str:
+    """Tokens per second in training and in reading a prompt."""
+    rows = []
+    for row in result["rows"]:
+        what = ", checkpointing" if row.get("gradient_checkpointing") else ""
+        rates = (f"{row['tokens_per_second'][name]:,.0f}" for name in ("gqa", "converted"))
+        least, greatest = row["ratio_spread"]
+        ratio = f"x {row['ratio']:.3f} ({least:.3f} to {greatest:.3f})"
+        rows.append([row["what"] + what, f"{row['batch']} x {row['tokens']}", *rates, ratio])
+    header = ["", "batch x tokens", "GQA, tokens per second", "converted", "ratio (and its spread)"]
+    return f"{result['layers']} layers, {machine(result['machine'])}:\n\n{table(header, rows)}"
+
+
 def machine(facts: dict[str, Any]) -> str:
     """A machine in words: its device, then names and versions."""
     return ", ".join([facts["device"], *(f"{name} {version}" for name, version in facts.items() if name != "device")])
@@ -88,7 +101,12 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
 
 
-BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {"bench": bench, "decode_kernel": decode_kernel, "whole_model": whole_model}
+BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "bench": bench,
+    "decode_kernel": decode_kernel,
+    "training": training,
+    "whole_model": whole_model,
+}
 
 
 def with_figures(text: str, results: Path) -> str:

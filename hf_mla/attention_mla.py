@@ -97,14 +97,14 @@ def effective_weight(module: Any, rank: int, like: torch.Tensor) -> torch.Tensor
     return module(torch.eye(rank, dtype=like.dtype, device=like.device)).T
 
 
-def runs_in_kernel(query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+def runs_in_kernel(query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None, packed: bool = False) -> bool:
     """Whether absorbed attention of these tensors (see `absorbed_attention`) runs as a Triton kernel."""
     return (
         latent_decode is not None
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and (latent.dtype == query.dtype or latent.dtype.itemsize == 1)
-        and (attention_mask is None or attention_mask.dtype == torch.bool)
+        and (packed or attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.ndim == 4))
         and not torch.compiler.is_exporting()  # an exported program must not need this package
     )
 
@@ -119,6 +119,7 @@ def absorbed_attention(
     num_key_norms: int = 0,
     rest: torch.Tensor | None = None,
     need_weights: bool = False,
+    packed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of T new tokens over S packed latents; no key or value of a cached token is ever formed.
 
@@ -133,6 +134,8 @@ def absorbed_attention(
         num_key_norms: g.
         rest: [B, 1, S, P + g + 1], what a quantized cache holds beside the codes (see `cache_mla.quantize`).
         need_weights: whether to return the attention weights.
+        packed: whether the tokens are of several requests in one row, as in continuous batching: with B = 1, each of the T tokens
+            attends to a part of the S, which an additive mask says.
 
     Returns:
         The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel, which has none, did the work.
@@ -147,7 +150,11 @@ def absorbed_attention(
     query = torch.cat([query, query_rope], dim=-1)  # [B, H, T, R + P]
 
     weights = None
-    if not need_weights and runs_in_kernel(query, latent, attention_mask):
+    if not need_weights and runs_in_kernel(query, latent, attention_mask, packed):
+        if packed:  # each token as a sequence of its own: the kernel reads only what it attends to
+            query = query.transpose(0, 2)  # [T, H, 1, R + P]
+            attention_mask = attention_mask.transpose(0, 2) >= 0  # [T, 1, 1, S]; it is additive
+            latent = latent.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
         context = latent_decode(query, codes[:, 0], beside[:, 0], rank, scaling, attention_mask, num_key_norms=num_key_norms)
     else:

@@ -217,14 +217,18 @@ class MLAAttention(nn.Module):
 
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
         if latent is not None and (paged is None or attention_mask is not None):
-            need_weights = self.config._attn_implementation == "eager"
-            in_kernel = not need_weights and runs_in_kernel(query, latent, attention_mask)
+            need_weights = self.config._attn_implementation.endswith("eager")
+            in_kernel = not need_weights and runs_in_kernel(query, latent, attention_mask, paged is not None)
             if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
                 if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                     attention_mask = attention_mask[:, None, None, :].bool()
                 weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
                 output, weights = absorbed_attention(
-                    q_nope, q_rot, latent, weight, attention_mask, self.scaling, self.num_key_norms, rest, need_weights
+                    *(q_nope, q_rot, latent, weight, attention_mask, self.scaling),
+                    num_key_norms=self.num_key_norms,
+                    rest=rest,
+                    need_weights=need_weights,
+                    packed=paged is not None,
                 )
                 return self.o_proj(output.reshape(batch, tokens, -1)), weights
         if latent is not None:

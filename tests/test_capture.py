@@ -7,7 +7,7 @@ import torch
 from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
 from transformers import CompileConfig
 
-from hf_mla import MLACache, modeling_mla
+from hf_mla import MLACache, attention_mla, modeling_mla
 
 
 @pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
@@ -41,6 +41,41 @@ def test_one_graph(family, lengths, quantization):
     assert torch.equal(*sequences)
     # The library's layers with windows count tokens in a Python integer, which becomes a symbol at the second step.
     assert len(graphs) == (1 if family in UNWINDOWED else 2)
+
+
+@pytest.mark.mode("Decode kernel", since="5.15", costs="needs Triton and a GPU, bfloat16 or float16, not the eager attention")
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@all_families
+def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
+    """As on a GPU, here through Triton's interpreter: the same tokens with the kernel, growing and static, compiled and not."""
+    decode_triton = pytest.importorskip("hf_mla.decode_triton")
+    if not decode_triton.triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+
+    def backend(graph, inputs):
+        assert str(graph.code).count("latent_decode") == 2 and "softmax" not in graph.code
+        return graph.forward
+
+    compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)
+    compile_config._compile_all_devices = True
+    torch._dynamo.reset()
+    model, prompt = make(family), make_prompt(rows=3, length=20)
+    mask = (torch.arange(20) >= torch.tensor([[2], [0], [17]])).long()
+
+    def tokens(length, **options):
+        cache = MLACache(model.config, max_cache_len=length, quantization=quantization)
+        return model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False, **options)
+
+    expected = tokens(None)
+    kernel = mock.Mock(wraps=decode_triton.latent_decode)
+    monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    for module in (attention_mla, modeling_mla):
+        monkeypatch.setattr(module, "runs_in_kernel", lambda *_: True)
+    assert torch.equal(tokens(None), expected)
+    assert kernel.call_count == 2 * 7  # layers, and tokens after the first
+    monkeypatch.setattr(attention_mla, "latent_decode", decode_triton.latent_decode)
+    assert torch.equal(tokens(28, compile_config=compile_config), expected)
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "fp8"])

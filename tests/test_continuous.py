@@ -1,6 +1,7 @@
 """Continuous batching: `generate_batch` over pages of packed latents equals `generate`, and the pages hold no more than those."""
 
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import transformers
 from conftest import make_mla
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from hf_mla import attention_mla, modeling_mla
 from hf_mla.configuration_mla import release
 
 
@@ -73,6 +75,24 @@ def test_a_batch_equals_generate(family, implementation, changes, monkeypatch):
     floats = model.config.kv_floats_per_token_per_layer
     assert sizes == [floats + floats % 2] * model.config.num_hidden_layers
     assert model.config.head_dim == model.config.qk_rope_head_dim  # as before
+
+
+@pytest.mark.skipif(not ARRIVED, reason="Transformers hands the pages to the attention since 5.19")
+@pytest.mark.parametrize(("family", "changes"), [("Mistral", {"sliding_window": 32}), ("Qwen3", {"num_key_norms": 2})])
+def test_the_decode_kernel_in_a_batch(family, changes, monkeypatch):
+    """As it would run on a GPU, through Triton's interpreter: all requests' tokens are in one row."""
+    decode_triton = pytest.importorskip("hf_mla.decode_triton")
+    if not decode_triton.triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+    model = make_mla(family, **changes)
+    right = expected(model, PROMPTS[1:3])
+    kernel = mock.Mock(wraps=decode_triton.latent_decode)
+    monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    for module in (attention_mla, modeling_mla):
+        monkeypatch.setattr(module, "runs_in_kernel", lambda *_: True)
+    assert batched(model, PROMPTS[1:3], monkeypatch)[0] == right
+    shapes = {call.args[0].shape[:3] for call in kernel.call_args_list}
+    assert (2, 4, 1) in shapes  # two requests, each a sequence of its own
 
 
 @pytest.mark.skipif(ARRIVED, reason="works")

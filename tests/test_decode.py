@@ -1,5 +1,9 @@
 """The decode kernels against attention in float64; on the CPU, through Triton's interpreter, which has no bfloat16."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from hf_mla import attention_mla, decode_triton  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a row attends to nothing
 ERRORS = {torch.float32: 1e-6, torch.float16: 8e-4, torch.bfloat16: 5e-3}  # |out - reference| / |reference|
 TYPES = [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32, torch.float16]
 if not ON_GPU and not decode_triton.triton.knobs.runtime.interpret:
@@ -134,6 +139,41 @@ def test_sequences_may_share_their_latents():
     out = decode_triton.latent_decode(query, latent, rest, 64, 0.3, bounds=bounds)
     expected = reference(query, latent, rest, 64, 0.3, bounds=bounds)
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from hf_mla.decode_hopper import BLOCK_N, hopper_kernel
+
+def size(rank, rope, rows, warps, type, **changes):
+    constants = dict(R=rank, P=rope, BLOCK_M=rows, warps=warps, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False) | changes
+    kinds = dict(query="*" + type, rest="*" + type, out="*fp32", lse="*fp32", bounds="*i32", mask="*u8", scale="fp32", cap="fp32")
+    for name, width in (("latents", max(64, triton.next_power_of_2(rank))), ("ropes", max(16, triton.next_power_of_2(rope)))):
+        block = [1, BLOCK_N, width]
+        kinds[name] = f"tensordesc<{type}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+    names = hopper_kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    source = GluonASTSource(hopper_kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert "wgmma" in compiled.asm["ptx"] and "cp.async.bulk" in compiled.asm["ptx"]
+    return compiled.metadata.shared
+
+print(size(512, 64, 32, 4, "bf16"))
+print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, NORMS=8))
+print(size(448, 128, 32, 4, "fp16", CAPPED=True))
+print(size(48, 16, 16, 4, "bf16", BOUNDED=True))
+"""
+
+
+def test_the_hopper_kernel_compiles():
+    """Where there is no such GPU, the compiler can still tell; a program has 227 KiB of shared memory there."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert all(int(size) <= 227 * 1024 for size in done.stdout.split())
 
 
 @pytest.mark.parametrize("programs, tokens", [(1, 131072), (16, 8192), (64, 8192), (100, 4096), (128, 4096), (5, 40)])
