@@ -5,7 +5,8 @@ python benchmarks/decode_kernel.py [--out FILE] [--only-kernel]
 Random bfloat16 data, 512 + 64 latents, heads of 128; every time is the median over replays of a captured graph, with the 10th and
 90th percentiles. The floor is the bytes of the latents over the speed of a device-to-device copy, measured in the same run.
 
-* kernel: absorbed attention by `latent_decode`, all tokens attended to; masked: with a mask, as a static cache brings one.
+* kernel: absorbed attention by `latent_decode`, all tokens attended to; masked: with a mask, as a static cache brings one, of which
+  is known what part it leaves, as all layers of a step but the first know it; int8: a quantized cache.
 * gqa_flash: the original, 8 heads of keys and values, by PyTorch's FlashAttention.
 * torch: absorbed attention in matrix products and softmax of PyTorch, what runs where Triton is missing.
 * reexpansion: keys and values of all heads formed from the latents at every step, then PyTorch's attention, as Transformers does.
@@ -20,9 +21,9 @@ import triton
 from llama_width import machine
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
-from triton.testing import do_bench_cudagraph
+from triton.testing import do_bench, do_bench_cudagraph
 
-from hf_mla.decode_triton import latent_decode
+from hf_mla.decode_triton import attended_range, latent_decode
 
 
 SHAPES = [(64, 8192, 32), (128, 4096, 32), (16, 8192, 32), (1, 131072, 32), (64, 8192, 16), (64, 4096, 128)]
@@ -50,7 +51,10 @@ def contestants(batch, context, heads):
     scale = (HEAD + ROPE) ** -0.5
     yield "kernel", lambda: latent_decode(query, *parts, RANK, scale)
     mask = torch.ones(batch, 1, 1, context, dtype=torch.bool, device="cuda")
-    yield "masked", lambda: latent_decode(query, *parts, RANK, scale, mask)
+    attended = attended_range(mask)
+    yield "masked", lambda: latent_decode(query, *parts, RANK, scale, mask, attended)
+    codes, rest = torch.randint(-127, 128, parts[0].shape, dtype=torch.int8, device="cuda"), random(batch, context, ROPE + 1)
+    yield "int8", lambda: latent_decode(query, codes, rest, RANK, scale)
     if arguments.only_kernel:
         return
 
@@ -77,8 +81,8 @@ def contestants(batch, context, heads):
     yield "reexpansion", expand
 
 
-source, target = torch.empty(2, 1 << 31, dtype=torch.uint8, device="cuda")
-speed = 2 * source.numel() / milliseconds(lambda: target.copy_(source))[0] / 1e9  # bytes read and written
+source, target = torch.randn(2, 1 << 30, device="cuda", dtype=torch.bfloat16).view(torch.uint8)
+speed = 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median") / 1e9  # bytes read and written
 print(machine(), "triton", triton.__version__, f"copy {speed:.2f} TB/s")
 rows = []
 for batch, context, heads in SHAPES:

@@ -31,9 +31,9 @@ from .cache_mla import dequantize
 
 
 try:
-    from hf_mla.decode_triton import latent_decode
+    from hf_mla.decode_triton import attended_range, latent_decode
 except ImportError:
-    latent_decode = None
+    latent_decode = attended_range = None
 
 
 def absorbing_is_cheaper(
@@ -120,6 +120,7 @@ def absorbed_attention(
     rest: torch.Tensor | None = None,
     need_weights: bool = False,
     packed: bool = False,
+    attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of T new tokens over S packed latents; no key or value of a cached token is ever formed.
 
@@ -136,6 +137,7 @@ def absorbed_attention(
         need_weights: whether to return the attention weights.
         packed: whether the tokens are of several requests in one row, as in continuous batching: with B = 1, each of the T tokens
             attends to a part of the S, which an additive mask says.
+        attended: int32 [B, 3], what the kernel's `attended_range` says of the mask, if it was asked before.
 
     Returns:
         The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel, which has none, did the work.
@@ -156,7 +158,7 @@ def absorbed_attention(
             attention_mask = attention_mask.transpose(0, 2) >= 0  # [T, 1, 1, S]; it is additive
             latent = latent.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
-        context = latent_decode(query, codes[:, 0], beside[:, 0], rank, scaling, attention_mask, num_key_norms=num_key_norms)
+        context = latent_decode(query, codes[:, 0], beside[:, 0], rank, scaling, attention_mask, attended, num_key_norms)
     else:
         if rest is not None:
             latent = dequantize(latent, rest)

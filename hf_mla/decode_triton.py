@@ -5,7 +5,7 @@
   and neither scores nor expanded keys are ever written.
 * The tokens of a sequence are split among as many programs as fill the GPU; each leaves a partial sum and the logarithm of its
   weight, and `merge_kernel` adds them up (Flash-Decoding).
-* Which tokens are attended is read on the device: `bounds_kernel` finds the first and the last that a mask allows, so that the
+* Which tokens are attended is read on the device: `attended_range` finds the first and the last that a mask allows, so that the
   unused end of a static cache costs nothing, without the host knowing how long a sequence is.
 * `split_kernel` runs wherever Triton does. On Hopper GPUs `decode_hopper.py` takes its place where the layout allows it.
 
@@ -31,26 +31,31 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def bounds_kernel(mask, bounds, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
-    """The first token, and the one after the last, that any of a sequence's rows attends to: mask [B, T, S] -> bounds [B, 2]."""
+def range_kernel(mask, attended, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
+    """What `attended_range` returns for one sequence."""
     batch = tl.program_id(0)
     first = tl.full([BLOCK_S], 2147483647, tl.int32)
     last = tl.zeros([BLOCK_S], tl.int32)
+    count = tl.zeros([BLOCK_S], tl.int32)
     for t in range(T):
         for begin in range(0, S, BLOCK_S):
             tokens = begin + tl.arange(0, BLOCK_S)
             seen = tl.load(mask + batch.to(tl.int64) * mask_b + t * mask_t + tokens, mask=tokens < S, other=0) != 0
             first = tl.where(seen, tl.minimum(first, tokens), first)
             last = tl.where(seen, tl.maximum(last, tokens + 1), last)
+            count += seen.to(tl.int32)
     stop = tl.max(last, 0)
-    tl.store(bounds + 2 * batch, tl.minimum(tl.min(first, 0), stop))
-    tl.store(bounds + 2 * batch + 1, stop)
+    start = tl.minimum(tl.min(first, 0), stop)
+    tl.store(attended + 3 * batch, start)
+    tl.store(attended + 3 * batch + 1, stop)
+    tl.store(attended + 3 * batch + 2, (tl.sum(count, 0) < T * (stop - start)).to(tl.int32))
 
 
 @triton.jit
 def split_kernel(
-    query, latent, rest, mask, bounds, out, lse,  # pointers
-    scale, cap, S, M, T, window, heads_per_norm, latent_b, latent_s, rest_b, rest_s, mask_b, mask_t, out_b, out_split, out_h,
+    query, latent, rest, mask, attended, out, lse,  # pointers
+    scale, cap, S, M, T, window, row_blocks, heads_per_norm, latent_b, latent_s, rest_b, rest_s, mask_b, mask_t, attended_b,
+    out_b, out_split, out_h,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     NORMS: tl.constexpr, QUANTIZED: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -58,8 +63,9 @@ def split_kernel(
 
     `out` [.., R] is the partial sum divided by its weight, and `lse` [B, splits, M] the base-2 logarithm of that weight.
     """
-    split, splits, batch = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    batch = (tl.program_id(0) // row_blocks).to(tl.int64)
+    rows = tl.program_id(0) % row_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     r, p = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_P)
     query += batch * M * (R + P) + rows[:, None] * (R + P)
     q = tl.load(query + r[None, :], mask=(rows < M)[:, None] & (r < R)[None, :], other=0.0)
@@ -69,7 +75,7 @@ def split_kernel(
 
     start, stop = 0, S
     if BOUNDED:
-        start, stop = tl.load(bounds + 2 * batch), tl.load(bounds + 2 * batch + 1)
+        start, stop = tl.load(attended + batch * attended_b), tl.load(attended + batch * attended_b + 1)
     tiles = tl.cdiv(stop - start, BLOCK_N)
     begin = start + tiles * split // splits * BLOCK_N
     stop = tl.minimum(stop, start + tiles * (split + 1) // splits * BLOCK_N)
@@ -119,8 +125,8 @@ def merge_kernel(
     partial, lse, out, splits, M, T, out_b, out_h, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
     """Average partial sums [B, splits, M, R] by weights of base-2 logarithms [B, splits, M] into `out` [H, B, T, R]."""
-    row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row, batch = tl.program_id(0) % M, (tl.program_id(0) // M).to(tl.int64)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     largest = float("-inf")
     for begin in range(0, splits, BLOCK_S):
         s = begin + tl.arange(0, BLOCK_S)
@@ -162,6 +168,31 @@ def choose_splits(programs: int, tokens: int, processors: int) -> int:
     return min(range(1, most + 1), key=lambda splits: math.ceil(programs * splits / processors) * (tokens / splits + 64))
 
 
+@torch.library.custom_op("hf_mla::attended_range", mutates_args=())
+def attended_range(mask: Tensor) -> Tensor:
+    """What part of the tokens a mask lets a sequence's new tokens attend to; the same in all layers that share a mask.
+
+    Args:
+        mask: bool [B, 1, T, S].
+
+    Returns:
+        int32 [B, 3]: the first token that any of the T attends to, the one after the last, and whether any of the T leaves out any
+        of those between.
+    """
+    batch, _, new_tokens, tokens = mask.shape
+    mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
+    attended = torch.empty(batch, 3, dtype=torch.int32, device=mask.device)
+    block = min(triton.next_power_of_2(tokens), 65536)
+    strides = mask.stride(0), mask.stride(2)
+    range_kernel[(batch,)](mask, attended, new_tokens, tokens, *strides, BLOCK_S=block, num_warps=max(1, min(32, block // 512)))
+    return attended
+
+
+@attended_range.register_fake
+def _(mask: Tensor) -> Tensor:
+    return mask.new_empty(mask.shape[0], 3, dtype=torch.int32)
+
+
 @torch.library.custom_op("hf_mla::latent_decode", mutates_args=())
 def latent_decode(
     query: Tensor,
@@ -170,14 +201,14 @@ def latent_decode(
     rank: int,
     scaling: float,
     mask: Tensor | None = None,
-    bounds: Tensor | None = None,
+    attended: Tensor | None = None,
     num_key_norms: int = 0,
     window: int = 0,
     softcap: float = 0.0,
 ) -> Tensor:
     """Absorbed attention of the new tokens' queries over cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
-    Without a mask or bounds, the new tokens are the last T of S, in causal order.
+    With neither `mask` nor `attended`, the new tokens are the last T of S, in causal order.
 
     Args:
         query: [B, H, T, R + P], absorbed queries followed by the rotary ones, in bfloat16, float16 or (slowly) float32.
@@ -186,7 +217,8 @@ def latent_decode(
         rank: R.
         scaling: factor on the scores.
         mask: bool, broadcastable to [B, 1, T, S], true where a token is attended to.
-        bounds: int32 [B, 2], the first token of a sequence that is attended to and the one after the last, by all new tokens.
+        attended: int32 [B, 3] or [1, 3], what `attended_range` says of the mask, if that is known already; without a mask, all new
+            tokens attend to the tokens from the first number to before the second.
         num_key_norms: g.
         window: with neither, how many tokens a token attends to, itself included; 0 for all before it.
         softcap: c, if the scores x are to be capped as c * tanh(x / c); 0 if not.
@@ -201,8 +233,10 @@ def latent_decode(
         scale, cap = 2 * scale / softcap, softcap * LOG2_E
     if mask is not None:
         mask = mask.expand(batch, 1, new_tokens, tokens)
-        mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
-        bounds = bounds_of(mask)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        if attended is None:
+            attended = attended_range(mask)
+        mask = mask.view(torch.uint8)
 
     block_r, block_p = triton.next_power_of_2(rank), max(16, triton.next_power_of_2(rope_dim))
     block_m = max(16, min(64 if block_r + block_p <= 576 else 32, triton.next_power_of_2(rows)))  # as the shared memory allows
@@ -220,7 +254,7 @@ def latent_decode(
     arguments = {
         "query": query.contiguous(),
         "mask": mask,
-        "bounds": bounds,
+        "attended": attended,
         "out": target,
         "lse": lse,
         "scale": scale,
@@ -229,12 +263,14 @@ def latent_decode(
         "M": rows,
         "T": new_tokens,
         "window": window or 1 << 30,
+        "row_blocks": row_blocks,
         "heads_per_norm": heads // max(1, num_key_norms),
         "rest": rest,
         "rest_b": rest.stride(0),
         "rest_s": rest.stride(1),
         "mask_b": 0 if mask is None else mask.stride(0),
         "mask_t": 0 if mask is None else mask.stride(2),
+        "attended_b": 0 if attended is None or attended.shape[0] == 1 else attended.stride(0),
         "out_b": target_b,
         "out_split": target_split,
         "out_h": target_h,
@@ -243,10 +279,10 @@ def latent_decode(
         "BLOCK_M": block_m,
         "NORMS": num_key_norms,
         "MASKED": mask is not None,
-        "BOUNDED": bounds is not None,
+        "BOUNDED": attended is not None,
         "CAPPED": bool(softcap),
     }
-    grid = (row_blocks, splits, batch)
+    grid = (batch * row_blocks, splits)
     if decode_hopper is not None and decode_hopper.fits(query, latent, rest):
         decode_hopper.launch(grid, latent, **arguments)
     else:
@@ -264,21 +300,11 @@ def latent_decode(
         )
     if splits > 1:
         block = min(rank, 128)
-        merge_kernel[rows, batch, triton.cdiv(rank, block)](
+        merge_kernel[batch * rows, triton.cdiv(rank, block)](
             target, lse, out, splits, rows, new_tokens, new_tokens * rank, batch * new_tokens * rank,
             R=rank, BLOCK_R=triton.next_power_of_2(block), BLOCK_S=min(64, triton.next_power_of_2(splits)),
         )  # fmt: skip
     return out
-
-
-def bounds_of(mask: Tensor) -> Tensor:
-    """The first token that a sequence's rows attend to and the one after the last: uint8 [B, 1, T, S] -> int32 [B, 2]."""
-    batch, _, new_tokens, tokens = mask.shape
-    bounds = torch.empty(batch, 2, dtype=torch.int32, device=mask.device)
-    block = min(triton.next_power_of_2(tokens), 32768)
-    strides = mask.stride(0), mask.stride(2)
-    bounds_kernel[(batch,)](mask, bounds, new_tokens, tokens, *strides, BLOCK_S=block, num_warps=max(1, min(32, block // 512)))
-    return bounds
 
 
 @latent_decode.register_fake

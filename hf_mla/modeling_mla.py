@@ -47,6 +47,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from .attention_mla import (
     absorbed_attention,
     absorbing_is_cheaper,
+    attended_range,
     effective_weight,
     is_one_matrix,
     is_plain_linear,
@@ -208,6 +209,7 @@ class MLAAttention(nn.Module):
             parts.append(self.key_norms(hidden_states))
         latent = rest = None
         paged = kwargs.pop("cache", None)  # of continuous batching
+        ranges = kwargs.pop("attended_ranges", None)
         if paged is not None:
             latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
         elif past_key_values is not None:
@@ -222,6 +224,11 @@ class MLAAttention(nn.Module):
             if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
                 if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                     attention_mask = attention_mask[:, None, None, :].bool()
+                attended = None
+                if in_kernel and ranges is not None and attention_mask is not None and paged is None:
+                    if self.sliding_window not in ranges:
+                        ranges[self.sliding_window] = attended_range(attention_mask)
+                    attended = ranges[self.sliding_window]
                 weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
                 output, weights = absorbed_attention(
                     *(q_nope, q_rot, latent, weight, attention_mask, self.scaling),
@@ -229,6 +236,7 @@ class MLAAttention(nn.Module):
                     rest=rest,
                     need_weights=need_weights,
                     packed=paged is not None,
+                    attended=attended,
                 )
                 return self.o_proj(output.reshape(batch, tokens, -1)), weights
         if latent is not None:
@@ -319,6 +327,11 @@ class MLAModelMixin:
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = MLAAttention(config, layer_idx)
         self.post_init()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers."""
+        # For the layers to share: by window, what part of the tokens their masks let the decode kernel read.
+        return super().forward(*args, attended_ranges={}, **kwargs)  # type: ignore[misc]
 
 
 class MLAHeadMixin:

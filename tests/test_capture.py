@@ -54,7 +54,8 @@ def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
         pytest.skip("needs Triton's interpreter")
 
     def backend(graph, inputs):
-        assert str(graph.code).count("latent_decode") == 2 and "softmax" not in graph.code
+        assert graph.code.count("ops.hf_mla.latent_decode") == 2 and "softmax" not in graph.code
+        assert graph.code.count("ops.hf_mla.attended_range") == (2 if family == "Qwen2" else 1)  # once for each kind of layer
         return graph.forward
 
     compile_config = CompileConfig(fullgraph=True, backend=backend, mode=None)

@@ -29,7 +29,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def reference(query, latent, rest, rank, scaling, mask=None, bounds=None, num_key_norms=0, window=0, softcap=0.0):
+def reference(query, latent, rest, rank, scaling, mask=None, attended=None, num_key_norms=0, window=0, softcap=0.0):
     """`latent_decode`, from its docstring."""
     new_tokens, tokens, rope_dim = query.shape[2], latent.shape[1], query.shape[-1] - rank
     quantized = latent.dtype.itemsize == 1
@@ -44,8 +44,8 @@ def reference(query, latent, rest, rank, scaling, mask=None, bounds=None, num_ke
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     key, position = torch.arange(tokens, device=DEVICE), torch.arange(tokens - new_tokens, tokens, device=DEVICE).unsqueeze(1)
-    if bounds is not None:
-        mask = ((key >= bounds[:, :1]) & (key < bounds[:, 1:]))[:, None, None]
+    if attended is not None:
+        mask = ((key >= attended[:, :1]) & (key < attended[:, 1:2]))[:, None, None]
     elif mask is None:
         mask = (key <= position) & (key > position - (window or tokens))
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
@@ -93,10 +93,12 @@ CASES = {  # batch, heads, new tokens, tokens, rank, rope_dim, and what is speci
     "left padding": (3, 4, 1, 300, 48, 16, {"mask": left_padding}),
     "left padding, several new tokens": (3, 4, 4, 300, 48, 16, {"mask": left_padding}),
     "tree": (2, 4, 6, 300, 64, 16, {"mask": tree}),
-    "bounds": (3, 4, 1, 300, 48, 16, {"bounds": [[5, 200], [0, 300], [40, 40]]}),
+    "range": (3, 4, 1, 300, 48, 16, {"attended": [[5, 200, 0], [0, 300, 0], [40, 40, 0]]}),
     "int8": (2, 4, 1, 300, 64, 16, {"codes": torch.int8}),
     "fp8, key norms": (2, 4, 2, 300, 64, 16, {"codes": torch.float8_e4m3fn, "num_key_norms": 2}),
     "int8, 512 + 64": (2, 32, 1, 200, 512, 64, {"codes": torch.int8}),
+    "one mask for all": (3, 4, 1, 300, 48, 16, {"mask": lambda *shape: left_padding(*shape)[1:2]}),
+    "holes": (3, 4, 1, 300, 48, 16, {"mask": tree}),
 }
 GPU_CASES = {
     "64 rows": (3, 128, 1, 3000, 512, 64, {}),
@@ -105,6 +107,10 @@ GPU_CASES = {
     "short prefill": (2, 32, 48, 2000, 512, 64, {"mask": left_padding}),
     "256 + 64": (5, 32, 1, 2000, 256, 64, {}),
     "448 + 128, 64 rows": (2, 64, 1, 2000, 448, 128, {}),
+    "int8, 64 rows": (3, 64, 1, 3000, 512, 64, {"codes": torch.int8, "mask": left_padding}),
+    "fp8, 16 heads": (3, 16, 1, 3000, 512, 64, {"codes": torch.float8_e4m3fn, "num_key_norms": 8}),
+    "int8, 96 + 32": (40, 32, 1, 500, 96, 32, {"codes": torch.int8}),
+    "70,000 sequences": (70000, 2, 1, 40, 32, 8, {}),
     "128 + 32": (40, 32, 1, 2000, 128, 32, {"num_key_norms": 8}),
 }
 
@@ -120,8 +126,8 @@ def test_against_float64(case, dtype):
     latent, rest = make_cache(batch, tokens, rank, rope_dim, norms, dtype, options.pop("codes", None))
     if "mask" in options:
         options["mask"] = options["mask"](batch, new_tokens, tokens)
-    if "bounds" in options:
-        options["bounds"] = torch.tensor(options["bounds"], dtype=torch.int32, device=DEVICE)
+    if "attended" in options:
+        options["attended"] = torch.tensor(options["attended"], dtype=torch.int32, device=DEVICE)
     scaling = 3 / (rank + rope_dim) ** 0.5
     out = decode_triton.latent_decode(query, latent, rest, rank, scaling, **options)
     expected = reference(query, latent, rest, rank, scaling, **options)
@@ -129,15 +135,29 @@ def test_against_float64(case, dtype):
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[dtype]
 
 
+@pytest.mark.parametrize("make", [left_padding, tree])
+@pytest.mark.parametrize("new_tokens", [1, 3])
+def test_attended_range(make, new_tokens):
+    mask = make(3, new_tokens, 300)
+    ranges = decode_triton.attended_range(mask)
+    for row, (start, stop, holes) in zip(mask[:, 0], ranges.tolist(), strict=True):
+        attended = row.any(0).nonzero().flatten().tolist() or [0]
+        if row.any():
+            assert (start, stop) == (attended[0], attended[-1] + 1)
+        else:
+            assert start == stop
+        assert holes == (not row[:, start:stop].all())
+
+
 def test_sequences_may_share_their_latents():
-    """As in continuous batching: one sequence of tokens, and bounds for each request."""
+    """One row of tokens, and for each request a part of it."""
     torch.manual_seed(0)
     latent, rest = make_cache(1, 300, 64, 16, 0, TYPES[1], None)
     latent, rest = latent.expand(3, -1, -1), rest.expand(3, -1, -1)
     query = torch.randn(3, 4, 1, 80, device=DEVICE).to(TYPES[1])
-    bounds = torch.tensor([[0, 100], [100, 101], [101, 300]], dtype=torch.int32, device=DEVICE)
-    out = decode_triton.latent_decode(query, latent, rest, 64, 0.3, bounds=bounds)
-    expected = reference(query, latent, rest, 64, 0.3, bounds=bounds)
+    attended = torch.tensor([[0, 100, 0], [100, 101, 0], [101, 300, 0]], dtype=torch.int32, device=DEVICE)
+    out = decode_triton.latent_decode(query, latent, rest, 64, 0.3, attended=attended)
+    expected = reference(query, latent, rest, 64, 0.3, attended=attended)
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
 
 
@@ -149,11 +169,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from hf_mla.decode_hopper import BLOCK_N, hopper_kernel
 
 def size(rank, rope, rows, warps, type, **changes):
-    constants = dict(R=rank, P=rope, BLOCK_M=rows, warps=warps, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False) | changes
-    kinds = dict(query="*" + type, rest="*" + type, out="*fp32", lse="*fp32", bounds="*i32", mask="*u8", scale="fp32", cap="fp32")
-    for name, width in (("latents", max(64, triton.next_power_of_2(rank))), ("ropes", max(16, triton.next_power_of_2(rope)))):
-        block = [1, BLOCK_N, width]
-        kinds[name] = f"tensordesc<{type}{block},{gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)!r}>"
+    constants = dict(R=rank, P=rope, BLOCK_M=rows, warps=warps, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False, QUANTIZED=False)
+    constants |= dict(BLOCK_P=max(16, triton.next_power_of_2(rope))) | changes
+    kinds = dict(query="*" + type, rest="*" + type, out="*fp32", lse="*fp32", attended="*i32", mask="*u8", scale="fp32", cap="fp32")
+    codes = constants.pop("codes", None)
+    wide = {"latents": max(64, triton.next_power_of_2(rank)), "ropes": constants["BLOCK_P"]}
+    if codes:
+        constants |= dict(ropes=None, QUANTIZED=True)
+    for name in wide.keys() - constants.keys():
+        block = [1, BLOCK_N, wide[name]]
+        layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if codes else gl.bfloat16)
+        kinds[name] = f"tensordesc<{codes or type}{block},{layout!r}>"
     names = hopper_kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
     source = GluonASTSource(hopper_kernel, signature, {(names.index(name),): value for name, value in constants.items()})
@@ -165,6 +191,7 @@ print(size(512, 64, 32, 4, "bf16"))
 print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, NORMS=8))
 print(size(448, 128, 32, 4, "fp16", CAPPED=True))
 print(size(48, 16, 16, 4, "bf16", BOUNDED=True))
+print(size(512, 64, 32, 8, "bf16", codes="i8"))
 """
 
 
