@@ -39,7 +39,7 @@ def fetch(latents, ropes, place, batch, token, ready, latent_tiles, rope_tiles, 
         load_tile(ropes, [batch, token, 0], ready.index(place), rope_tiles.index(place), pred=wanted)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["S", "mask_b", "mask_t"])
 def hopper_kernel(
     latents, ropes, query, rest, mask, attended, out, lse,
     scale, cap, S, M, T, window, row_blocks, heads_per_norm, copies, rest_b, rest_s, mask_b, mask_t, attended_b,

@@ -30,7 +30,7 @@ except ImportError:  # a Triton without Gluon, or with an older one
 LOG2_E = math.log2(math.e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "mask_b", "mask_t"])  # they change as a context grows
 def range_kernel(mask, attended, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
     """What `attended_range` returns for one sequence."""
     batch = tl.program_id(0)
@@ -51,7 +51,7 @@ def range_kernel(mask, attended, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
     tl.store(attended + 3 * batch + 2, (tl.sum(count, 0) < T * (stop - start)).to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "mask_b", "mask_t"])
 def split_kernel(
     query, latent, rest, mask, attended, out, lse,  # pointers
     scale, cap, S, M, T, window, row_blocks, heads_per_norm, latent_b, latent_s, rest_b, rest_s, mask_b, mask_t, attended_b,
@@ -120,7 +120,7 @@ def split_kernel(
     tl.store(lse + (batch * splits + split) * M + rows, largest + tl.log2(total), mask=rows < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_kernel(
     partial, lse, out, splits, M, T, out_b, out_h, R: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr
 ):  # fmt: skip
@@ -152,20 +152,21 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def choose_splits(programs: int, tokens: int, processors: int) -> int:
+@functools.cache
+def choose_splits(programs: int, blocks: int, processors: int) -> int:
     """How many parts to split each sequence into, so that the rounds the processors work in are as full as they can be.
 
     Args:
         programs: how many there are without a split.
-        tokens: S.
+        blocks: of 128 tokens, in each sequence.
         processors: how many programs run at a time.
 
     Returns:
-        At least 1; a part is not made smaller than 128 tokens.
+        At least 1; a part is not made smaller than a block.
     """
-    # A split costs about as much as the reading of 64 tokens: its part of the queries and a partial sum to write and read.
-    most = max(1, min(processors, tokens // 128))
-    return min(range(1, most + 1), key=lambda splits: math.ceil(programs * splits / processors) * (tokens / splits + 64))
+    # A split costs about as much as reading half a block: its part of the queries, and a partial sum to write and read.
+    options = range(1, min(processors, blocks) + 1)
+    return min(options, key=lambda splits: math.ceil(programs * splits / processors) * (blocks / splits + 0.5))
 
 
 @torch.library.custom_op("hf_mla::attended_range", mutates_args=())
@@ -182,9 +183,9 @@ def attended_range(mask: Tensor) -> Tensor:
     batch, _, new_tokens, tokens = mask.shape
     mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     attended = torch.empty(batch, 3, dtype=torch.int32, device=mask.device)
-    block = min(triton.next_power_of_2(tokens), 65536)
+    block = max(1024, min(triton.next_power_of_2(tokens), 65536))
     strides = mask.stride(0), mask.stride(2)
-    range_kernel[(batch,)](mask, attended, new_tokens, tokens, *strides, BLOCK_S=block, num_warps=max(1, min(32, block // 512)))
+    range_kernel[(batch,)](mask, attended, new_tokens, tokens, *strides, BLOCK_S=block, num_warps=min(32, block // 512))
     return attended
 
 
@@ -242,7 +243,7 @@ def latent_decode(
     block_m = max(16, min(64 if block_r + block_p <= 576 else 32, triton.next_power_of_2(rows)))  # as the shared memory allows
     row_blocks = triton.cdiv(rows, block_m)
     at_a_time = processors(query.device) * max(1, min(4, 512 // block_r))
-    splits = choose_splits(batch * row_blocks, tokens, at_a_time)
+    splits = choose_splits(batch * row_blocks, triton.cdiv(tokens, 128), at_a_time)
 
     out = query.new_empty(heads, batch, new_tokens, rank)
     lse = torch.empty(batch, splits, rows, dtype=torch.float32, device=query.device)
