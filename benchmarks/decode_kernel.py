@@ -5,9 +5,10 @@ python benchmarks/decode_kernel.py [--out FILE] [--only-kernel]
 Random bfloat16 data, 512 + 64 latents, heads of 128; every time is the median over replays of a captured graph, with the 10th and
 90th percentiles. The floor is the bytes of the latents over the speed of a device-to-device copy, measured in the same run.
 
-* kernel: absorbed attention by `latent_decode`, all tokens attended to; masked: with a mask, as a static cache brings one, of which
-  is known what part it leaves, as all layers of a step but the first know it; int8: a quantized cache.
-* gqa_flash: the original, 8 heads of keys and values, by PyTorch's FlashAttention.
+* kernel: absorbed attention by `latent_decode`, all tokens attended to; masked: with a mask, as a static cache brings one, and the
+  range that it leaves, which a step finds once for all its layers; int8: a quantized cache.
+* gqa_flash: the original, 8 heads of keys and values, by PyTorch's FlashAttention; gqa_packed: the heads that share a key
+  given to it as so many tokens.
 * torch: absorbed attention in matrix products and softmax of PyTorch, what runs where Triton is missing.
 * reexpansion: keys and values of all heads formed from the latents at every step, then PyTorch's attention, as Transformers does.
 """
@@ -71,6 +72,13 @@ def contestants(batch, context, heads):
             return scaled_dot_product_attention(original, key, value, enable_gqa=True)
 
     yield "gqa_flash", flash
+    original_packed = original.view(batch, KV_HEADS, -1, HEAD)
+
+    def packed():
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return scaled_dot_product_attention(original_packed, key, value)
+
+    yield "gqa_packed", packed
     weight, wide = random(heads * 2 * HEAD, RANK), random(batch, heads, 1, HEAD + ROPE)
 
     def expand():

@@ -22,11 +22,12 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.D
 
 def decode_kernel(result: dict[str, Any]) -> str:
     """Attention of one layer at one step: the kernel beside its alternatives and the time that reading the cache takes."""
-    header = ["batch x context", "heads", "latent", "at copy speed", "kernel", "share of copy speed", "GQA, flash"]
-    header += ["torch on the latent", "re-expansion"]
+    header = ["batch x context", "heads", "latent", "at copy speed", "kernel", "share of copy speed", "with a mask", "of int8"]
+    header += ["GQA, flash", "torch on the latent", "re-expansion"]
     rows = []
     for row in result["rows"]:
-        kernel, *others = (cell(row, "milliseconds", name) for name in ("kernel", "gqa_flash", "torch", "reexpansion"))
+        names = ("kernel", "masked", "int8", "gqa_flash", "torch", "reexpansion")
+        kernel, *others = (cell(row, "milliseconds", name) for name in names)
         share = f"{row['floor'] / row['milliseconds']['kernel']:.0%}"
         rows.append([size(row), row["heads"], row["latent"], number(row["floor"]), kernel, share, *others])
     copies = f"which copies {result['copy_terabytes_per_second']:.2f} TB/s"
@@ -46,7 +47,8 @@ def whole_model(result: dict[str, Any]) -> str:
     text = f"Milliseconds a token (and their spread), ratios of tokens per second, {machine(result['machine'])}:\n\n"
     largest = result["largest_batch_at_32k"]
     batches = ", ".join(f"{title} {largest.get(name) or '-'}" for name, title in names.items())
-    return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}."
+    note = f"\n\n{result['note']}" if "note" in result else ""
+    return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}.{note}"
 
 
 def bench(result: dict[str, Any]) -> str:

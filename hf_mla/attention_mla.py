@@ -31,9 +31,9 @@ from .cache_mla import dequantize
 
 
 try:
-    from hf_mla.decode_triton import attended_range, latent_decode
+    from hf_mla.decode_triton import attended_range, can_decode, latent_decode
 except ImportError:
-    latent_decode = attended_range = None
+    attended_range = can_decode = latent_decode = None  # type: ignore[assignment]
 
 
 def absorbing_is_cheaper(
@@ -97,15 +97,19 @@ def effective_weight(module: Any, rank: int, like: torch.Tensor) -> torch.Tensor
     return module(torch.eye(rank, dtype=like.dtype, device=like.device)).T
 
 
-def runs_in_kernel(query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None, packed: bool = False) -> bool:
-    """Whether absorbed attention of these tensors (see `absorbed_attention`) runs as a Triton kernel."""
+def runs_in_kernel(
+    query: torch.Tensor, latent: torch.Tensor, attention_mask: torch.Tensor | None, rank: int, rope_dim: int, packed: bool = False
+) -> bool:
+    """Whether absorbed attention of such tensors (see `absorbed_attention`; of the query, type and device) runs as a kernel."""
     return (
-        latent_decode is not None
+        can_decode is not None
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and (latent.dtype == query.dtype or latent.dtype.itemsize == 1)
         and (packed or attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.ndim == 4))
-        and not torch.compiler.is_exporting()  # an exported program must not need this package
+        # An exported program must not need this package. (While torch 2.11 compiles, it says that it exports.)
+        and (torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting())
+        and can_decode(query.device.index, rank, rope_dim)
     )
 
 
@@ -152,9 +156,10 @@ def absorbed_attention(
     query = torch.cat([query, query_rope], dim=-1)  # [B, H, T, R + P]
 
     weights = None
-    if not need_weights and runs_in_kernel(query, latent, attention_mask, packed):
+    if not need_weights and runs_in_kernel(query, latent, attention_mask, rank, rope_dim, packed):
         if packed:  # each token as a sequence of its own: the kernel reads only what it attends to
             query = query.transpose(0, 2)  # [T, H, 1, R + P]
+            assert attention_mask is not None
             attention_mask = attention_mask.transpose(0, 2) >= 0  # [T, 1, 1, S]; it is additive
             latent = latent.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)

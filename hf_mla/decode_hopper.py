@@ -23,6 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
+if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+    raise ImportError("the Gluon of an older Triton lacks what this file uses")
+
 BLOCK_N = 64  # tokens in a tile
 # Names that changed: what stands first is the newer one.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

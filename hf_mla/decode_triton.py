@@ -15,6 +15,9 @@ into checkpoints; their code uses it where this package is installed.
 
 import functools
 import math
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -146,6 +149,14 @@ def merge_kernel(
     tl.store(out + r, context.to(out.dtype.element_ty), mask=r < R)
 
 
+@torch.compiler.assume_constant_result
+def can_decode(device: int, rank: int, rope_dim: int) -> bool:
+    """Whether there is a kernel for a CUDA device, by its number, and for dimensions R and P."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return rank <= 512 and rope_dim <= 128  # what shared memory and registers hold
+
+
 @functools.cache
 def processors(device: torch.device) -> int:
     """How many programs a device runs at a time, one to a multiprocessor."""
@@ -169,7 +180,19 @@ def choose_splits(programs: int, blocks: int, processors: int) -> int:
     return min(options, key=lambda splits: math.ceil(programs * splits / processors) * (blocks / splits + 0.5))
 
 
+def on_its_device(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes the device of a function's first argument the current one, on which Triton launches."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with torch.cuda.device_of(first):
+            return function(first, *args, **kwargs)
+
+    return call
+
+
 @torch.library.custom_op("hf_mla::attended_range", mutates_args=())
+@on_its_device
 def attended_range(mask: Tensor) -> Tensor:
     """What part of the tokens a mask lets a sequence's new tokens attend to; the same in all layers that share a mask.
 
@@ -195,6 +218,7 @@ def _(mask: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hf_mla::latent_decode", mutates_args=())
+@on_its_device
 def latent_decode(
     query: Tensor,
     latent: Tensor,
@@ -215,7 +239,7 @@ def latent_decode(
         query: [B, H, T, R + P], absorbed queries followed by the rotary ones, in bfloat16, float16 or (slowly) float32.
         latent: [B, S, R] with a contiguous last dimension, in the type of the query, or int8 or float8_e4m3fn codes.
         rest: [B, S, P + g], rotary keys and key norms, contiguous likewise; of codes, [B, S, P + g + 1] with a scale at its end.
-        rank: R.
+        rank: R, at most 512; P is at most 128.
         scaling: factor on the scores.
         mask: bool, broadcastable to [B, 1, T, S], true where a token is attended to.
         attended: int32 [B, 3] or [1, 3], what `attended_range` says of the mask, if that is known already; without a mask, all new
@@ -227,6 +251,7 @@ def latent_decode(
     Returns:
         sum_t p(t) c(t), [H, B, T, R] and contiguous; zero where nothing is attended to.
     """
+    global decode_hopper
     batch, heads, new_tokens, width = query.shape
     tokens, rope_dim, rows = latent.shape[1], width - rank, heads * new_tokens
     scale, cap = scaling * LOG2_E, 0.0
@@ -239,8 +264,10 @@ def latent_decode(
             attended = attended_range(mask)
         mask = mask.view(torch.uint8)
 
-    block_r, block_p = triton.next_power_of_2(rank), max(16, triton.next_power_of_2(rope_dim))
-    block_m = max(16, min(64 if block_r + block_p <= 576 else 32, triton.next_power_of_2(rows)))  # as the shared memory allows
+    on_hopper = decode_hopper is not None and decode_hopper.fits(query, latent, rest)
+    block_r, block_p = max(16, triton.next_power_of_2(rank)), max(16, triton.next_power_of_2(rope_dim))
+    most_rows = 64 if on_hopper and block_r + block_p <= 576 else 32  # as shared memory allows
+    block_m = max(16, min(most_rows, triton.next_power_of_2(rows)))
     row_blocks = triton.cdiv(rows, block_m)
     at_a_time = processors(query.device) * max(1, min(4, 512 // block_r))
     splits = choose_splits(batch * row_blocks, triton.cdiv(tokens, 128), at_a_time)
@@ -284,9 +311,16 @@ def latent_decode(
         "CAPPED": bool(softcap),
     }
     grid = (batch * row_blocks, splits)
-    if decode_hopper is not None and decode_hopper.fits(query, latent, rest):
-        decode_hopper.launch(grid, latent, **arguments)
-    else:
+    if on_hopper:
+        try:
+            decode_hopper.launch(grid, latent, **arguments)
+        except triton.CompilationError as error:  # Gluon is experimental, and changes
+            warnings.warn(
+                f"Triton {triton.__version__} cannot compile the kernel for Hopper GPUs, a slower one is used: {error}",
+                stacklevel=2,
+            )
+            decode_hopper, on_hopper = None, False  # type: ignore[assignment]
+    if not on_hopper:
         split_kernel[grid](
             latent=latent,
             latent_b=latent.stride(0),

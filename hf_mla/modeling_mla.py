@@ -220,7 +220,9 @@ class MLAAttention(nn.Module):
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
         if latent is not None and (paged is None or attention_mask is not None):
             need_weights = self.config._attn_implementation.endswith("eager")
-            in_kernel = not need_weights and runs_in_kernel(query, latent, attention_mask, paged is not None)
+            in_kernel = not need_weights and runs_in_kernel(
+                query, latent, attention_mask, self.kv_lora_rank, self.qk_rope_head_dim, paged is not None
+            )
             if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
                 if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                     attention_mask = attention_mask[:, None, None, :].bool()

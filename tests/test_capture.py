@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
 from hf_mla import MLACache, attention_mla, modeling_mla
@@ -44,6 +45,37 @@ def test_one_graph(family, lengths, quantization):
 
 
 @pytest.mark.mode("Decode kernel", since="5.15", costs="needs Triton and a GPU, bfloat16 or float16, not the eager attention")
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA")
+@pytest.mark.parametrize("dtype, kernels", [(torch.bfloat16, 2), (torch.float32, 0)])
+@all_families
+@torch.no_grad()
+def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
+    """Without one too: a tensor that has a device but no memory is compiled like any other."""
+    pytest.importorskip("hf_mla.decode_triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    graphs, model = [], make(family).to(dtype)
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in model.modules():
+            for kind in (module._parameters, module._buffers):
+                for name, x in kind.items():
+                    kind[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
+        ids, mask = torch.zeros(3, 21, dtype=torch.long, device="cuda"), torch.ones(3, 21, dtype=torch.long, device="cuda")
+        cache = MLACache(model.config, max_cache_len=60)
+        model(ids[:, :20], past_key_values=cache)
+        inputs = model.prepare_inputs_for_generation(
+            ids, past_key_values=cache, attention_mask=mask, use_cache=True, next_sequence_length=1
+        )
+        torch._dynamo.reset()
+        torch.compile(model.forward, backend=backend, fullgraph=True)(**inputs)
+    (code,) = graphs
+    assert code.count("ops.hf_mla.latent_decode") == kernels and ("softmax" in code) == (not kernels)
+
+
 @pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
 @pytest.mark.parametrize("family, quantization", [("Llama", "int8"), ("Mistral", None), ("Qwen2", None), ("Qwen3", None)])
 def test_the_kernel_in_the_graph(family, quantization, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -201,6 +202,20 @@ def test_the_hopper_kernel_compiles():
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(int(size) <= 227 * 1024 for size in done.stdout.split())
+
+
+def test_a_triton_that_cannot_compile_gluon_gets_the_other_kernel(monkeypatch):
+    def launch(*args, **kwargs):
+        raise decode_triton.triton.CompilationError("source", None, "an unknown name")
+
+    monkeypatch.setattr(decode_triton, "decode_hopper", SimpleNamespace(fits=lambda *_: True, launch=launch))
+    torch.manual_seed(0)
+    query, (latent, rest) = torch.randn(2, 4, 1, 64, device=DEVICE).to(TYPES[1]), make_cache(2, 90, 48, 16, 0, TYPES[1], None)
+    expected = reference(query, latent, rest, 48, 0.3)
+    with pytest.warns(UserWarning, match="a slower one is used"):
+        out = decode_triton.latent_decode(query, latent, rest, 48, 0.3)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
+    assert decode_triton.decode_hopper is None
 
 
 @pytest.mark.parametrize("programs, blocks", [(1, 1024), (16, 64), (64, 64), (100, 32), (128, 32), (5, 1)])

