@@ -17,8 +17,8 @@ from hf_mla_conversion.text import BUNDLED
 
 with tempfile.TemporaryDirectory() as scratch:
     out = str(Path(scratch) / "bundled-mla")
-    # A few steps, for the example's sake; leave `steps` and `calibration_tokens` out for a good conversion.
-    report = convert(str(BUNDLED / "model"), out, kv_lora_rank=80, qk_rope_head_dim=16, steps=20, calibration_tokens=16384)
+    # In closed form, for the example's sake; leave `steps` and `calibration_tokens` out for a good conversion.
+    report = convert(str(BUNDLED / "model"), out, kv_lora_rank=80, qk_rope_head_dim=16, steps=0, calibration_tokens=16384)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
 

@@ -347,7 +347,9 @@ def test_offloaded(family, how):
     check_size(model, cache, exact=False)
 
 
-@pytest.mark.mode("Offloaded static cache", since="5.15", costs="as offloaded, for all tokens it could hold; not compiled", gpu=True)
+@pytest.mark.mode(
+    "Offloaded static cache", since="5.15", costs="as offloaded, for all tokens it could hold; not compiled", gpu=True
+)
 @pytest.mark.parametrize("how", ["generate", "MLACache"])
 @some_families
 def test_offloaded_static(family, how):
