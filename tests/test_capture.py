@@ -44,7 +44,6 @@ def test_one_graph(family, lengths, quantization):
     assert len(graphs) == (1 if family in UNWINDOWED else 2)
 
 
-@pytest.mark.mode("Decode kernel", since="5.15", costs="needs Triton and a GPU, bfloat16 or float16, not the eager attention")
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA")
 @pytest.mark.parametrize("dtype, kernels", [(torch.bfloat16, 2), (torch.float32, 0)])
 @all_families
@@ -76,6 +75,7 @@ def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
     assert code.count("ops.hf_mla.latent_decode") == kernels and ("softmax" in code) == (not kernels)
 
 
+@pytest.mark.mode("Decode kernel", since="5.15", costs="needs Triton and a GPU, bfloat16 or float16, not the eager attention")
 @pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
 @pytest.mark.parametrize("family, quantization", [("Llama", "int8"), ("Mistral", None), ("Qwen2", None), ("Qwen3", None)])
 def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
