@@ -7,7 +7,7 @@
   weight, and `merge_kernel` adds them up (Flash-Decoding).
 * Which tokens are attended is read on the device: `attended_range` finds the first and the last that a mask allows, so that the
   unused end of a static cache costs nothing, without the host knowing how long a sequence is.
-* `split_kernel` runs wherever Triton does. On Hopper GPUs `decode_hopper.py` takes its place where the layout allows it.
+* `split_kernel` is for any NVIDIA GPU since Ampere. On Hopper GPUs `decode_hopper.py` takes its place where the layout allows it.
 
 The rows of a query are its heads and new tokens together, M = H * T; notation as in `attention_mla.py`. This file is not copied
 into checkpoints; their code uses it where this package is installed.
