@@ -1,6 +1,6 @@
 """One layer's attention of a decode step on one GPU: this project's kernel against what else could do it, side by side.
 
-python benchmarks/decode_kernel.py [--out FILE] [--only-kernel]
+python benchmarks/decode_kernel.py [--out FILE]
 
 Random bfloat16 data, 512 + 64 latents, heads of 128; every time is the median over replays of a captured graph, with the 10th and
 90th percentiles. The floor is the bytes of the latents over the speed of a device-to-device copy, measured in the same run.
@@ -32,7 +32,6 @@ RANK, ROPE, HEAD, KV_HEADS = 512, 64, 128, 8
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--out", help="a JSON file to write")
-parser.add_argument("--only-kernel", action="store_true", help="leave the others out")
 arguments = parser.parse_args()
 
 
@@ -56,8 +55,6 @@ def contestants(batch, context, heads):
     yield "masked", lambda: latent_decode(query, *parts, RANK, scale, mask, attended)
     codes, rest = torch.randint(-127, 128, parts[0].shape, dtype=torch.int8, device="cuda"), random(batch, context, ROPE + 1)
     yield "int8", lambda: latent_decode(query, codes, rest, RANK, scale)
-    if arguments.only_kernel:
-        return
 
     def in_torch():
         scores = query[:, :, 0] @ latent.transpose(1, 2) * scale

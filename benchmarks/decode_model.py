@@ -14,7 +14,6 @@ The largest batch is found by trying, each model alone on the GPU: allocate a st
 """
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -25,6 +24,8 @@ import torch
 from llama_width import DEVICE, machine, make_model
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
+
+from hf_mla_conversion.bencher import free_memory
 
 
 SPARE = 64  # tokens of the static cache beyond the context
@@ -57,13 +58,6 @@ class Clock(BaseStreamer):
         """Nothing to flush."""
 
 
-def clean() -> None:
-    """Let go of compiled code, CUDA graphs and memory."""
-    torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
 @torch.no_grad()
 def filled_cache(model: PreTrainedModel, ids: torch.Tensor) -> StaticCache:
     """A static cache that holds random numbers for all tokens [B, S] but the last."""
@@ -78,7 +72,7 @@ def filled_cache(model: PreTrainedModel, ids: torch.Tensor) -> StaticCache:
 
 def generate(model: PreTrainedModel, batch: int, context: int, eager: bool) -> dict[str, Any]:
     """Generate, and say how long the tokens took and what was compiled."""
-    clean()
+    free_memory()
     torch._dynamo.utils.counters.clear()
     ids, clock = torch.randint(32000, (batch, context), device=DEVICE), Clock()
     model.generate(
@@ -120,7 +114,7 @@ def measure(model: PreTrainedModel, batch: int, context: int) -> dict[str, Any]:
 @torch.no_grad()
 def fits(model: PreTrainedModel, batch: int, context: int) -> bool:
     """Whether a static cache of this size and a step over it fit in memory."""
-    clean()
+    free_memory()
     ids = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
     try:
         model(ids, past_key_values=StaticCache(model.config, max_cache_len=context), logits_to_keep=1)

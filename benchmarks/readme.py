@@ -5,7 +5,7 @@ python benchmarks/readme.py
 What stands in README.md between `<!-- figures: NAME -->` and `<!-- end figures -->` is what the function NAME here makes of
 results/NAME.json, or "not measured yet" where there is no such file. Each file names its machine. A median comes with its
 `spread`, two numbers that it lies between: {"kernel": 0.2, ...} with {"kernel": [0.19, 0.22], ...}. What could not be measured is
-null or absent.
+null or absent. A `note` is written by hand, where something must be said of how the figures came about.
 """
 
 import json

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import hf_mla
-from hf_mla.modeling_mla import MLAAttention
+from hf_mla.layer_mla import MLAAttention
 
 from .calibrate import LayerMoments
 from .factorize import factorize

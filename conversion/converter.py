@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_mla.modeling_mla import MLAAttention
+from hf_mla.layer_mla import MLAAttention
 
 from .calibrate import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
 from .checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file

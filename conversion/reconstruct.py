@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_mla.modeling_mla import MLAAttention
+from hf_mla.layer_mla import MLAAttention
 
 from .calibrate import OutputFit, hooks
 

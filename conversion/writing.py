@@ -20,7 +20,7 @@ from .reports import ConvertReport
 
 
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
-REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "modeling_mla.py")
+REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
 CARRIED = [
     "generation_config.json",
     "tokenizer*",

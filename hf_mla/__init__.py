@@ -13,6 +13,7 @@ from transformers.models.auto import modeling_auto
 from . import modeling_mla
 from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
+from .layer_mla import MLAAttention
 from .modeling_mla import (
     LlamaMLAForCausalLM,
     LlamaMLAForQuestionAnswering,
@@ -26,7 +27,6 @@ from .modeling_mla import (
     MistralMLAForTokenClassification,
     MistralMLAModel,
     MistralMLAPreTrainedModel,
-    MLAAttention,
     Qwen2MLAForCausalLM,
     Qwen2MLAForQuestionAnswering,
     Qwen2MLAForSequenceClassification,

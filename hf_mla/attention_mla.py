@@ -9,7 +9,7 @@ With W_UK and W_UV the two halves of `kv_b_proj`, c(t) the latent and k_rope(t) 
 *absorbed* attention moves W_UK to the query and W_UV to the output, so its cost per cached token does not depend on the
 head widths. Which one is cheaper is decided by shapes alone (`absorbing_is_cheaper`); they agree to rounding.
 
-Notation, here and in `modeling_mla.py`:
+Notation, here and in `layer_mla.py`:
 
     B batch    T new tokens    S tokens attended to (cached and new)    H heads
     R kv_lora_rank    P qk_rope_head_dim    N qk_nope_head_dim    V v_head_dim
@@ -106,7 +106,7 @@ def runs_in_kernel(
         and query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and (latent.dtype == query.dtype or latent.dtype.itemsize == 1)
-        and (packed or attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.ndim == 4))
+        and (packed or attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.ndim == 2)
         # An exported program must not need this package. (While torch 2.11 compiles, it says that it exports.)
         and (torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting())
         and can_decode(query.device.index, rank, rope_dim)
@@ -122,7 +122,7 @@ def absorbed_attention(
     scaling: float,
     num_key_norms: int = 0,
     rest: torch.Tensor | None = None,
-    need_weights: bool = False,
+    in_kernel: bool = False,
     packed: bool = False,
     attended: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -138,13 +138,13 @@ def absorbed_attention(
         scaling: factor on the scores.
         num_key_norms: g.
         rest: [B, 1, S, P + g + 1], what a quantized cache holds beside the codes (see `cache_mla.quantize`).
-        need_weights: whether to return the attention weights.
+        in_kernel: whether a kernel is to do the work, which `runs_in_kernel` says can.
         packed: whether the tokens are of several requests in one row, as in continuous batching: with B = 1, each of the T tokens
             attends to a part of the S, which an additive mask says.
         attended: int32 [B, 3], what the kernel's `attended_range` says of the mask, if it was asked before.
 
     Returns:
-        The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel, which has none, did the work.
+        The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel did the work, which has none.
     """
     batch, heads, tokens, nope_dim = query_nope.shape
     rank, rope_dim = kv_b_weight.shape[1], query_rope.shape[-1]
@@ -156,7 +156,7 @@ def absorbed_attention(
     query = torch.cat([query, query_rope], dim=-1)  # [B, H, T, R + P]
 
     weights = None
-    if not need_weights and runs_in_kernel(query, latent, attention_mask, rank, rope_dim, packed):
+    if in_kernel:
         if packed:  # each token as a sequence of its own: the kernel reads only what it attends to
             query = query.transpose(0, 2)  # [T, H, 1, R + P]
             assert attention_mask is not None

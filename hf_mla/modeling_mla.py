@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transformers models with Multi-head Latent Attention.
 
-* `MLAAttention` is DeepSeek's module: the same sub-module names and shapes, a real norm on the latent, one `expand_kv`.
-  It caches the packed latent and picks expanded or absorbed attention by cost, so nobody has to choose.
-* A family (`LlamaMLA*`, `MistralMLA*`, ...) is the library's own model of that family with its attention replaced; the MLP,
-  norms, rotary embedding, masks, loss, parallel plans and generation are inherited.
-* QK-norm divides head j's key by its root mean square, one number s_j(t) per token. RoPE keeps lengths, so s_j(t) is a factor
-  on the score: it is computed from the original key projection, cached beside the latent, and the rest is linear as ever.
+* A family (`LlamaMLA*`, `MistralMLA*`, ...) is the library's own model of that family with its attention replaced by
+  `layer_mla.MLAAttention`; the MLP, norms, rotary embedding, masks, loss, parallel plans and generation are inherited.
+* `generate` is the library's too, with a cache of packed latents.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
@@ -15,24 +12,19 @@ import copy
 import math
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.models.mistral.modeling_mistral import (
     MistralDecoderLayer,
@@ -42,237 +34,10 @@ from transformers.models.mistral.modeling_mistral import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
-from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_mla import (
-    absorbed_attention,
-    absorbing_is_cheaper,
-    attended_range,
-    effective_weight,
-    is_one_matrix,
-    is_plain_linear,
-    runs_in_kernel,
-)
-from .cache_mla import dequantize, quantization_of, use_latent_layers
+from .cache_mla import quantization_of, use_latent_layers
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
-
-
-def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """What RMSNorm multiplies by: [..., width] -> [..., 1], in float32 or wider."""
-    hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    return torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
-
-
-class MLARMSNorm(nn.Module):
-    """RMSNorm that multiplies by its weight before it rounds to the input's type.
-
-    Rounding last keeps float64 exact, and lets float16 pass through the identity norm of a closed-form conversion (epsilon
-    2**40, weight 2**20), whose intermediate values lie below float16's range.
-    """
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalise the last dimension of [..., hidden_size]."""
-        normed = hidden_states * inverse_rms(hidden_states, self.variance_epsilon)
-        return (self.weight * normed).to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        """Shape and epsilon, for `print(model)`."""
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class MLAAttention(nn.Module):
-    """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, section 2.1); notation as in `attention_mla.py`."""
-
-    def __init__(self, config: PreTrainedConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.attention_dropout = config.attention_dropout
-        self.kv_lora_rank = config.kv_lora_rank
-        self.qk_nope_head_dim = config.qk_nope_head_dim
-        self.qk_rope_head_dim = config.qk_rope_head_dim
-        self.qk_head_dim = config.qk_head_dim
-        self.v_head_dim = config.v_head_dim
-        self.num_key_value_groups = 1  # expanded keys and values have one head per query head
-        self.scaling = self.qk_head_dim**-0.5
-        self.is_causal = True
-        layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
-        sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = getattr(config, "sliding_window", None) if sliding else None
-        self.num_key_norms = config.num_key_norms
-        self.qk_norm_eps = config.rms_norm_eps
-
-        heads, hidden_size, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden_size, heads * self.qk_head_dim, bias=bias)
-        if self.num_key_norms:  # the original keys, for the sake of their norms
-            self.k_proj = nn.Linear(hidden_size, self.num_key_norms * self.qk_nope_head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
-        self.kv_a_layernorm = MLARMSNorm(self.kv_lora_rank, eps=config.kv_a_layernorm_eps)
-        self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=bias)
-
-    def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Form the keys and values of every head.
-
-        Args:
-            kv_nope: [B, 1, S, R], latents.
-            k_rot: [B, 1, S, P], rotary keys after RoPE.
-
-        Returns:
-            Keys [B, H, S, N + P] and values [B, H, S, V].
-        """
-        # Contiguous and of three dimensions, [B, S, R]: what adapters and quantized layers are made for.
-        expanded = self.kv_b_proj(kv_nope.squeeze(1).contiguous()).unflatten(-1, (-1, self.qk_nope_head_dim + self.v_head_dim))
-        k_nope, value = expanded.transpose(1, 2).split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        return torch.cat([k_nope, k_rot.expand(-1, k_nope.shape[1], -1, -1)], dim=-1), value
-
-    def key_norms(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What QK-norm multiplies the keys of each group of heads by: [B, T, hidden_size] -> [B, 1, T, g]."""
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_nope_head_dim))  # [B, T, g, N]
-        return inverse_rms(key, self.qk_norm_eps).to(key.dtype).squeeze(-1).unsqueeze(1)
-
-    def update_pages(self, paged: Any, latent: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """Append to the cache of continuous batching, which holds a key and a value of equal width: half a latent each.
-
-        Args:
-            paged: Transformers' `PagedAttentionCache`.
-            latent: [1, 1, T, R + P + g], packed latents of the new tokens of all requests.
-            kwargs: what the attention is called with: where to write and read; updated in place.
-
-        Returns:
-            [1, 1, S, R + P + g], the packed latents of all tokens of all requests.
-        """
-        width = latent.shape[-1]
-        key, value = nn.functional.pad(latent, [0, width % 2]).chunk(2, dim=-1)
-        key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
-        return torch.cat([key, value], dim=-1)[..., :width]
-
-    def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any, in_kernel: bool = False) -> bool:
-        """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
-        if torch.is_grad_enabled() or (self.training and self.attention_dropout):
-            return False
-        if self.kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
-            return False
-        plain = is_plain_linear(self.kv_b_proj)
-        if self.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
-            return False
-        if not plain and not is_one_matrix(self.kv_b_proj):
-            return False
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-            readable = True
-        else:  # no mask, or FlashAttention's [B, S]: it is the kernel that keeps to the causal order and the window
-            readable = attention_mask is None or isinstance(attention_mask, torch.Tensor)
-            readable = readable and new_tokens == 1 and all_tokens <= (self.sliding_window or all_tokens)
-        pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
-        dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
-        return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed, in_kernel=in_kernel)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend from the T new tokens to all S.
-
-        Args:
-            hidden_states: [B, T, hidden_size], after the input norm.
-            position_embeddings: cosines and sines of the rotary embedding, each [B, T, P].
-            attention_mask: as the configured attention implementation wants it.
-            past_key_values: the cache; the packed latents of the new tokens are appended to it.
-            **kwargs: passed on to the attention function.
-
-        Returns:
-            [B, T, hidden_size], and the attention weights [B, H, T, S] where the path taken computes them.
-        """
-        batch, tokens = hidden_states.shape[:2]
-        query = self.q_proj(hidden_states).view(batch, tokens, -1, self.qk_head_dim).transpose(1, 2)  # [B, H, T, N + P]
-        if self.num_key_norms:  # `q_nope` is the original query as it was before its norm
-            query = (query * inverse_rms(query[..., : self.qk_nope_head_dim], self.qk_norm_eps)).to(query.dtype)
-        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-
-        compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
-        kv_nope, k_rot = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kv_nope = self.kv_a_layernorm(kv_nope)
-        cos, sin = position_embeddings
-        q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
-
-        parts = [kv_nope, k_rot]
-        if self.num_key_norms:
-            parts.append(self.key_norms(hidden_states))
-        latent = rest = None
-        paged = kwargs.pop("cache", None)  # of continuous batching
-        ranges = kwargs.pop("attended_ranges", None)
-        if paged is not None:
-            latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
-        elif past_key_values is not None:
-            latent = torch.cat(parts, dim=-1)
-            latent, rest = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g], or codes
-            rest = rest if rest.shape[-1] else None  # of a quantized cache
-
-        # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
-        if latent is not None and (paged is None or attention_mask is not None):
-            need_weights = self.config._attn_implementation.endswith("eager")
-            in_kernel = not need_weights and runs_in_kernel(
-                query, latent, attention_mask, self.kv_lora_rank, self.qk_rope_head_dim, paged is not None
-            )
-            if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
-                if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
-                    attention_mask = attention_mask[:, None, None, :].bool()
-                attended = None
-                if in_kernel and ranges is not None and attention_mask is not None and paged is None:
-                    if self.sliding_window not in ranges:
-                        ranges[self.sliding_window] = attended_range(attention_mask)
-                    attended = ranges[self.sliding_window]
-                weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
-                output, weights = absorbed_attention(
-                    *(q_nope, q_rot, latent, weight, attention_mask, self.scaling),
-                    num_key_norms=self.num_key_norms,
-                    rest=rest,
-                    need_weights=need_weights,
-                    packed=paged is not None,
-                    attended=attended,
-                )
-                return self.o_proj(output.reshape(batch, tokens, -1)), weights
-        if latent is not None:
-            latent = latent if rest is None else dequantize(latent, rest)
-            parts = list(latent.split([part.shape[-1] for part in parts], dim=-1))
-        kv_nope, k_rot = parts[:2]
-        key_scale = parts[2].squeeze(1).transpose(1, 2) if self.num_key_norms else None  # [B, g, S]
-
-        query = torch.cat([q_nope, q_rot], dim=-1)
-        key, value = self.expand_kv(kv_nope, k_rot)
-        if key_scale is not None:
-            key = (key.unflatten(1, (key_scale.shape[1], -1)) * key_scale[:, :, None, :, None]).flatten(1, 2)
-        # FlashAttention wants equal widths, and so do the fastest kernels of SDPA on the CPU (4 to 20 times as fast as the one
-        # without) and, where results must repeat, on a GPU (4 times): pad the values, and cut the padding off the output.
-        equal = is_flash_attention_requested(self.config) or self.o_proj.weight.device.type == "cpu"
-        equal = equal or torch.are_deterministic_algorithms_enabled()
-        padding = self.qk_head_dim - self.v_head_dim if equal else 0
-        if padding > 0:
-            value = nn.functional.pad(value, [0, padding])
-        implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )  # [B, T, H, V]
-        output = output[..., : self.v_head_dim].reshape(batch, tokens, -1)
-        return self.o_proj(output), weights
+from .layer_mla import MLAAttention
 
 
 class LatentCacheGenerationMixin(GenerationMixin):

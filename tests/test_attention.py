@@ -87,7 +87,7 @@ def test_absorbed_attention_against_float64_definition():
     latent, weight = torch.randn(batch, 1, cached, rank + rope, **double), torch.randn(heads * (nope + value), rank, **double)
     mask = torch.rand(batch, 1, tokens, cached) < 0.7
     mask[..., 0] = True
-    output, weights = absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.3, need_weights=True)
+    output, weights = absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.3)
     per_head = weight.view(heads, nope + value, rank)
     for b in range(batch):
         for h in range(heads):

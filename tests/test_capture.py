@@ -8,7 +8,7 @@ from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
-from hf_mla import MLACache, attention_mla, modeling_mla
+from hf_mla import MLACache, attention_mla, layer_mla
 
 
 @pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
@@ -102,8 +102,7 @@ def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
     expected = tokens(None)
     kernel = mock.Mock(wraps=decode_triton.latent_decode)
     monkeypatch.setattr(attention_mla, "latent_decode", kernel)
-    for module in (attention_mla, modeling_mla):
-        monkeypatch.setattr(module, "runs_in_kernel", lambda *_: True)
+    monkeypatch.setattr(layer_mla, "runs_in_kernel", lambda *_: True)
     assert torch.equal(tokens(None), expected)
     assert kernel.call_count == 2 * 7  # layers, and tokens after the first
     monkeypatch.setattr(attention_mla, "latent_decode", decode_triton.latent_decode)
@@ -122,7 +121,7 @@ def test_nothing_is_read(family, length, quantization):
     ids = make_prompt(rows=3, length=40).to("meta")
     with pytest.raises(RuntimeError, match="meta"):
         ids.max().item()
-    with mock.patch.object(modeling_mla, "absorbed_attention", wraps=modeling_mla.absorbed_attention) as absorbed:
+    with mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention) as absorbed:
         for part in ids.split([20, *[1] * 20], dim=1):
             logits = model(part, past_key_values=cache).logits
     assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers

@@ -226,8 +226,35 @@ def test_splits_fill_the_processors(programs, blocks):
     assert programs * splits / (132 * rounds) > 0.75 or splits == blocks
 
 
+@pytest.mark.parametrize(
+    "changes, runs",
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, False),
+        ({"is_cuda": False}, False),
+        ({"mask": torch.zeros(1, 1, 1, 9)}, False),
+        ({"mask": torch.zeros(1, 1, 1, 9), "packed": True}, True),
+        ({"mask": torch.ones(1, 9)}, True),
+        ({"rank": 513}, False),
+        ({"capability": (7, 5)}, False),
+        ({"exporting": True}, False),
+        ({"exporting": True, "compiling": True}, True),  # so it is with torch 2.11
+    ],
+    ids=str,
+)
+def test_when_the_kernel_runs(changes, runs, monkeypatch):
+    changes = {"mask": torch.ones(1, 1, 1, 9, dtype=torch.bool), "dtype": torch.bfloat16, "is_cuda": True} | changes
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: changes.get("capability", (9, 0)))
+    monkeypatch.setattr("torch.compiler.is_exporting", lambda: "exporting" in changes)
+    monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda: "compiling" in changes)
+    query = SimpleNamespace(is_cuda=changes["is_cuda"], dtype=changes["dtype"], device=SimpleNamespace(index=0))
+    latent, packed = SimpleNamespace(dtype=changes["dtype"]), changes.get("packed", False)
+    assert attention_mla.runs_in_kernel(query, latent, changes["mask"], changes.get("rank", 512), 64, packed) is runs
+
+
 @pytest.mark.parametrize("norms, quantization", [(0, None), (2, None), (0, "int8")])
-def test_absorbed_attention_takes_the_kernel(norms, quantization, monkeypatch):
+def test_absorbed_attention_takes_the_kernel(norms, quantization):
     """With the kernel, absorbed attention gives what it gives without it."""
     from hf_mla.cache_mla import QUANTIZATIONS, quantize
 
@@ -241,8 +268,7 @@ def test_absorbed_attention_takes_the_kernel(norms, quantization, monkeypatch):
     mask = tree(2, 3, 60) | (torch.arange(60, device=DEVICE) == 5)
     outputs = []
     for kernel in (False, True):
-        monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, kernel=kernel: kernel)
-        output, weights = attention_mla.absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.1, norms, rest)
+        output, weights = attention_mla.absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.1, norms, rest, kernel)
         assert (weights is None) == kernel
         outputs.append(output.double())
     assert (outputs[0] - outputs[1]).norm() / outputs[0].norm() < 2 * ERRORS[dtype]

@@ -15,7 +15,8 @@ from conftest import MODEL, make_mla
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments, pipeline
 
 import hf_mla
-from hf_mla import MLACache, modeling_mla
+from hf_mla import MLACache, layer_mla
+from hf_mla.configuration_mla import release
 
 
 EXACT_NORMS = {"num_key_norms": 2, "kv_lora_rank": 16, "vocab_size": 96}
@@ -24,7 +25,7 @@ IDS = torch.randint(1, 96, (2, 72), generator=torch.Generator().manual_seed(0))
 
 def counted_absorption():
     """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(modeling_mla, "absorbed_attention", wraps=modeling_mla.absorbed_attention)
+    return mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention)
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def test_tensor_parallel(saved, together):
     assert len(result["gradients"]) > 8
     for name, gradient in result["gradients"].items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name)
-    if modeling_mla.release(transformers.__version__) >= (5, 17):
+    if release(transformers.__version__) >= (5, 17):
         assert result["absorbed"] == 2 * (8 + 7)
 
 

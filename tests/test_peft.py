@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_mla import MLACache, modeling_mla
+from hf_mla import MLACache, layer_mla
 
 
 FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 16}, "Qwen2": {}, "Qwen3": {"num_key_norms": 2}}
@@ -92,7 +92,7 @@ def decode(model, **options):
 
 def counted_absorption():
     """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(modeling_mla, "absorbed_attention", wraps=modeling_mla.absorbed_attention)
+    return mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention)
 
 
 def assert_close(one, other, error=1e-4):

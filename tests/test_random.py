@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from hf_mla import MLACache
 from hf_mla.cache_mla import use_latent_layers
-from hf_mla.modeling_mla import MLARMSNorm
+from hf_mla.layer_mla import MLARMSNorm
 
 
 VOCABULARY, LONGEST = 31, 48

@@ -102,7 +102,7 @@ def test_every_file_carries_its_licence():
 
 def test_attention_keeps_the_shape_that_engines_recognise():
     """One `expand_kv` call and one attention-interface call in `MLAAttention.forward`."""
-    tree = ast.parse((RUNTIME / "modeling_mla.py").read_text())
+    tree = ast.parse((RUNTIME / "layer_mla.py").read_text())
     attention = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "MLAAttention")
     forward = next(n for n in attention.body if isinstance(n, ast.FunctionDef) and n.name == "forward")
     calls = [node.func.attr for node in ast.walk(forward) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
