@@ -29,7 +29,8 @@ for path in (folder, again):
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     base = AutoModel.from_pretrained(path, dtype=torch.float32, **options)
     assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
-    assert sys.modules[type(model).__module__].runs_in_kernel.__globals__["latent_decode"] is None
+    attention = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    assert attention.runs_in_kernel.__globals__["latent_decode"] is None
     assert type(model).__name__ == "LlamaMLAForCausalLM" and type(base).__name__ == "LlamaMLAModel"
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
     outputs = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
@@ -69,7 +70,7 @@ def test_remote_code_takes_the_kernel_where_hf_mla_is_installed(converted, tmp_p
     code = (
         "import sys; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
-        "module = sys.modules[type(model).__module__]\n"
+        "module = sys.modules[type(model.model.layers[0].self_attn).__module__]\n"
         "print(module.__name__.split('.')[0], module.runs_in_kernel.__globals__['latent_decode'])"
     )
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
