@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := 5.15.1
 MIDDLE := 5.17.0
+PYTEST := -m pytest -q -n 2 --dist worksteal
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check style test-versions clean
 
@@ -17,7 +19,7 @@ demo: $(VENV)/ready  ## convert the bundled model, verify it, generate from both
 
 test: $(VENV)/ready  ## linter, type checker, docstrings, tests, examples
 	$(MAKE) check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -36,7 +38,7 @@ test-versions:
 	  grep -v '^transformers' constraints.txt > $(VENV)-$$version/constraints.txt && \
 	  $(VENV)-$$version/bin/pip install --quiet --constraint $(VENV)-$$version/constraints.txt --upgrade --editable '.[dev]' \
 	    "transformers$$(test $$version = newest || echo ==$$version)" && \
-	  $(VENV)-$$version/bin/python -m pytest -q || exit 1; \
+	  $(VENV)-$$version/bin/python $(PYTEST) || exit 1; \
 	done
 
 clean:

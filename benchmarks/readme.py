@@ -5,7 +5,7 @@ python benchmarks/readme.py
 What stands in README.md between `<!-- figures: NAME -->` and `<!-- end figures -->` is what the function NAME here makes of
 results/NAME.json, or "not measured yet" where there is no such file. Each file names its machine. A median comes with its
 `spread`, two numbers that it lies between: {"kernel": 0.2, ...} with {"kernel": [0.19, 0.22], ...}. What could not be measured is
-null or absent. A `note` is written by hand, where something must be said of how the figures came about.
+null or absent.
 """
 
 import json
@@ -23,10 +23,10 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.D
 def decode_kernel(result: dict[str, Any]) -> str:
     """Attention of one layer at one step: the kernel beside its alternatives and the time that reading the cache takes."""
     header = ["batch x context", "heads", "latent", "at copy speed", "kernel", "share of copy speed", "with a mask", "of int8"]
-    header += ["GQA, flash", "torch on the latent", "re-expansion"]
+    header += ["GQA, flash", "heads as tokens", "torch on the latent", "re-expansion"]
     rows = []
     for row in result["rows"]:
-        names = ("kernel", "masked", "int8", "gqa_flash", "torch", "reexpansion")
+        names = ("kernel", "masked", "int8", "gqa_flash", "gqa_packed", "torch", "reexpansion")
         kernel, *others = (cell(row, "milliseconds", name) for name in names)
         share = f"{row['floor'] / row['milliseconds']['kernel']:.0%}"
         rows.append([size(row), row["heads"], row["latent"], number(row["floor"]), kernel, share, *others])
@@ -39,7 +39,7 @@ def whole_model(result: dict[str, Any]) -> str:
     names = {"converted": "converted", "gqa": "GQA", "deepseek_v3": "DeepSeek-V3"}
     header = ["batch x context", *names.values(), "converted to GQA", "to DeepSeek-V3"]
     rows = []
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: (row["batch"], row["context"])):
         times = row["milliseconds_per_token"]
         ours, others = times.get("converted"), (times.get(name) for name in ("gqa", "deepseek_v3"))
         ratios = [f"x {other / ours:.2f}" if ours and other else "-" for other in others]
@@ -47,8 +47,7 @@ def whole_model(result: dict[str, Any]) -> str:
     text = f"Milliseconds a token (and their spread), ratios of tokens per second, {machine(result['machine'])}:\n\n"
     largest = result["largest_batch_at_32k"]
     batches = ", ".join(f"{title} {largest.get(name) or '-'}" for name, title in names.items())
-    note = f"\n\n{result['note']}" if "note" in result else ""
-    return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}.{note}"
+    return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}."
 
 
 def bench(result: dict[str, Any]) -> str:

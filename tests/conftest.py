@@ -18,8 +18,8 @@ os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
     pytest_collection_modifyitems,
-    pytest_deselected,
     pytest_runtest_logreport,
+    pytest_sessionfinish,
 )
 from transformers import AutoTokenizer  # noqa: E402
 

@@ -1,10 +1,10 @@
-"""docs/modes.md says what the tests of this run have shown."""
-
-from pathlib import Path
-from types import SimpleNamespace
+"""docs/modes.md says what the tests of a run have shown."""
 
 import modes
 import pytest
+
+
+pytest_plugins = ["pytester"]
 
 
 @pytest.mark.parametrize(
@@ -20,19 +20,37 @@ import pytest
 )
 def test_a_row(results, before, works, monkeypatch):
     mode = modes.Mode("Flying", since="5.15", costs="wings", gpu=True)
-    items = [SimpleNamespace(nodeid=i, path=Path("test_air.py"), originalname="test_fly", location=("", i)) for i in range(2)]
-    monkeypatch.setattr(modes, "modes", {mode: items})
-    monkeypatch.setattr(modes, "outcomes", dict(enumerate(results)))
+    tests = {("tests/test_air.py", line, f"test_fly[{line}]"): outcomes for line, outcomes in enumerate(results)}
+    monkeypatch.setattr(modes, "modes", {mode: tests})
     row = "| Flying | {} (GPU) | 5.15 | wings | `test_air.py::test_fly` |\n"
     assert modes.table(row.format(before)) == modes.HEADER + row.format(works)
 
 
-def test_modes_table(request):
-    if not modes.complete:
-        pytest.skip("not all tests of modes were selected")
-    before = modes.TABLE.read_text() if modes.TABLE.exists() else ""
-    after = modes.table(before)
-    if request.config.getoption("write_modes"):
-        modes.TABLE.write_text(after)
-    else:
-        assert before == after, "docs/modes.md differs from what this run shows; pytest --write-modes writes it"
+def test_a_run_fails_where_the_table_differs(pytester, monkeypatch):
+    hooks = ", ".join(name for name in dir(modes) if name.startswith("pytest_"))
+    pytester.makeconftest(f"import sys\nsys.path.append({str(modes.TESTS)!r})\nfrom modes import {hooks}")
+    pytester.makeini("[pytest]\nmarkers = mode(name, since, costs, gpu=False): proves a row")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.mode("Swimming", since="5.15", costs="air")
+        @pytest.mark.parametrize("depth", [1, 2, 3])
+        def test_swim(depth):
+            pass
+        """
+    )
+    monkeypatch.setattr(modes, "TESTS", pytester.path)
+    monkeypatch.setattr(modes, "TABLE", pytester.path / "modes.md")
+
+    def run(*options):
+        monkeypatch.setattr(modes, "modes", {})
+        return pytester.runpytest_inprocess(*options)
+
+    differs = run()
+    assert differs.ret == 1 and "differs from what this run shows" in differs.stdout.str()
+    assert run("--write-modes").ret == 0 and "| Swimming | yes | 5.15 | air |" in modes.TABLE.read_text()
+    assert run("-n", "2").ret == 0  # two processes show the same
+    modes.TABLE.write_text("")
+    assert run("-n", "2").ret == 1
+    assert run("-k", "1").ret == 0  # only a full run knows

@@ -60,7 +60,7 @@ def test_decode_kernel(tmp_path):
     result = {"machine": MACHINE, "copy_terabytes_per_second": 4.236, "rows": KERNEL_ROWS}
     lines = figures(tmp_path, "decode_kernel", result).splitlines()
     assert "Some GPU, torch 1.2, transformers 3.4, which copies 4.24 TB/s" in lines[0]
-    kernel, others = "0.200 (0.190 to 0.210) | 50% | - | -", "0.500 (0.490 to 0.520) | - | 17.5 (17 to 18)"
+    kernel, others = "0.200 (0.190 to 0.210) | 50% | - | -", "0.500 (0.490 to 0.520) | - | - | 17.5 (17 to 18)"
     assert lines[-1] == f"| 64 x 8192 | 32 | 512 + 64 | 0.100 | {kernel} | {others} |"
     assert lines[2].count("|") == lines[-1].count("|")
 
