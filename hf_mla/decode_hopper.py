@@ -64,7 +64,7 @@ def hopper_kernel(
     rows_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     row_of_context: gl.constexpr = gl.SliceLayout(0, context_layout)
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
-    codes_layout: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [warps, 1], [1, 0])
+    codes_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
     rope_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
 
     split, splits = gl.program_id(1), gl.num_programs(1)

@@ -334,10 +334,11 @@ def latent_decode(
             **arguments,
         )
     if splits > 1:
-        block = min(rank, 128)
-        merge_kernel[batch * rows, triton.cdiv(rank, block)](
+        block_s = min(256, triton.next_power_of_2(splits))
+        block_r = min(block_r, max(32, 4096 // block_s))
+        merge_kernel[batch * rows, triton.cdiv(rank, block_r)](
             target, lse, out, splits, rows, new_tokens, new_tokens * rank, batch * new_tokens * rank,
-            R=rank, BLOCK_R=triton.next_power_of_2(block), BLOCK_S=min(64, triton.next_power_of_2(splits)),
+            R=rank, BLOCK_R=block_r, BLOCK_S=block_s,
         )  # fmt: skip
     return out
 
