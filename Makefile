@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := 5.15.1
 MIDDLE := 5.17.0
+# As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-export OMP_NUM_THREADS ?= 1
+test test-versions: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check style test-versions clean
 

@@ -1,12 +1,22 @@
-"""Models of Llama-3-8B width with random weights, for measurements of speed; and the machine that they run on."""
+"""Models of Llama-3-8B width with random weights, for measurements of speed; and the machine that they run on.
 
+python benchmarks/llama_width.py FOLDER [--layers 8] [--tiny]
+
+writes the Llama, with the bundled model's tokenizer, for `hf-mla bench`. results/bench.json is of
+
+hf-mla convert FOLDER CONVERTED --kv-lora-rank 512 --qk-rope-head-dim 64 --steps 0 --calibration-tokens 8192
+hf-mla bench CONVERTED --against FOLDER --batch 16 --context 2048 8192 16384 --json
+"""
+
+import argparse
 import platform
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_mla_conversion.closed_form import IDENTITY_NORM_WEIGHT, mla_config
+from hf_mla_conversion.text import BUNDLED
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,3 +82,14 @@ def machine() -> dict[str, str]:
     else:
         device = {"device": platform.processor() or platform.machine()}
     return device | {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="where to write the checkpoint")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tiny", action="store_true", help="a small model, to try it on a CPU")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    make_model("gqa", arguments.layers, arguments.tiny).save_pretrained(arguments.folder)
+    AutoTokenizer.from_pretrained(BUNDLED / "model").save_pretrained(arguments.folder)

@@ -23,7 +23,7 @@ BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.D
 def decode_kernel(result: dict[str, Any]) -> str:
     """Attention of one layer at one step: the kernel beside its alternatives and the time that reading the cache takes."""
     header = ["batch x context", "heads", "latent", "at copy speed", "kernel", "share of copy speed", "with a mask", "of int8"]
-    header += ["GQA, flash", "heads as tokens", "torch on the latent", "re-expansion"]
+    header += ["GQA, flash", "GQA, heads as tokens", "torch on the latent", "re-expansion"]
     rows = []
     for row in result["rows"]:
         names = ("kernel", "masked", "int8", "gqa_flash", "gqa_packed", "torch", "reexpansion")

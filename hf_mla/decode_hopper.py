@@ -64,6 +64,7 @@ def hopper_kernel(
     rows_layout: gl.constexpr = gl.SliceLayout(0, scores_layout)
     row_of_context: gl.constexpr = gl.SliceLayout(0, context_layout)
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
+    # Codes come 8 to a thread: of 16, the threads would write what becomes of them to the same banks.
     codes_layout: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [warps, 1], [1, 0])
     rope_layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [warps, 1], [1, 0])
 

@@ -334,6 +334,7 @@ def latent_decode(
             **arguments,
         )
     if splits > 1:
+        # A program takes some 4096 numbers, of all splits at once where it can: a loop over them costs more than reading them.
         block_s = min(256, triton.next_power_of_2(splits))
         block_r = min(block_r, max(32, 4096 // block_s))
         merge_kernel[batch * rows, triton.cdiv(rank, block_r)](

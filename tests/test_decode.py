@@ -218,6 +218,16 @@ def test_a_triton_that_cannot_compile_gluon_gets_the_other_kernel(monkeypatch):
     assert decode_triton.decode_hopper is None
 
 
+@pytest.mark.parametrize("splits", [3, 300])
+def test_any_number_of_splits_is_merged(splits, monkeypatch):
+    """More than a program takes at once, too; splits without tokens weigh nothing."""
+    monkeypatch.setattr(decode_triton, "choose_splits", lambda *_: splits)
+    torch.manual_seed(0)
+    query, (latent, rest) = torch.randn(1, 2, 1, 64, device=DEVICE).to(TYPES[0]), make_cache(1, 700, 48, 16, 0, TYPES[0], None)
+    out, expected = decode_triton.latent_decode(query, latent, rest, 48, 0.3), reference(query, latent, rest, 48, 0.3)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[0]]
+
+
 @pytest.mark.parametrize("programs, blocks", [(1, 1024), (16, 64), (64, 64), (100, 32), (128, 32), (5, 1)])
 def test_splits_fill_the_processors(programs, blocks):
     """In the rounds that the programs take, three in four places are filled, unless parts would become too small."""
