@@ -25,7 +25,7 @@ from llama_width import DEVICE, machine, make_model
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from hf_mla_conversion.bencher import free_memory
+from hf_mla_conversion.commands.bench import free_memory
 
 
 SPARE = 64  # tokens of the static cache beyond the context

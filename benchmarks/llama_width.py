@@ -15,8 +15,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_mla_conversion.closed_form import IDENTITY_NORM_WEIGHT, mla_config
-from hf_mla_conversion.text import BUNDLED
+from hf_mla_conversion.mathematics.closed_form import IDENTITY_NORM_WEIGHT, mla_config
+from hf_mla_conversion.source.text import BUNDLED
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla import MLACache, cache_bytes
-from hf_mla_conversion.text import read_text, token_windows
+from hf_mla_conversion.source.text import read_text, token_windows
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -11,30 +11,19 @@ from .errors import UserError
 
 
 if TYPE_CHECKING:
-    from .bencher import bench
-    from .converter import convert
-    from .demonstration import demo
-    from .healer import heal
-    from .inspector import env, info
-    from .planner import plan
-    from .verifier import verify
+    from .commands.bench import bench
+    from .commands.convert import convert
+    from .commands.demo import demo
+    from .commands.env import env
+    from .commands.heal import heal
+    from .commands.info import info
+    from .commands.plan import plan
+    from .commands.verify import verify
 
 __all__ = ["UserError", "bench", "convert", "demo", "env", "heal", "info", "plan", "verify"]
 
-# Modules are not named like their functions: importing one would put it in the function's place.
-_HOMES = {
-    "bench": "bencher",
-    "convert": "converter",
-    "demo": "demonstration",
-    "env": "inspector",
-    "heal": "healer",
-    "info": "inspector",
-    "plan": "planner",
-    "verify": "verifier",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in __all__:
+        return getattr(import_module(f".commands.{name}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

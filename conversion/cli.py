@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .families import QK_NORM_VARIANTS
+from .source.families import QK_NORM_VARIANTS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +209,7 @@ def rows(pairs: dict[str, Any]) -> str:
 
 def run_plan(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla plan`."""
-    from .planner import plan
+    from .commands.plan import plan
 
     result = plan(**given(options))
     if not result.supported:
@@ -248,7 +248,7 @@ def size(count: float) -> str:
 
 def run_convert(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla convert`."""
-    from .converter import convert
+    from .commands.convert import convert
 
     result: Any = convert(**given(options))
     summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
@@ -299,7 +299,7 @@ def read_options(path: str) -> list[str]:
 
 def run_verify(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla verify`."""
-    from .verifier import verify
+    from .commands.verify import verify
 
     result = verify(**given(options))
     show(result, as_json, lambda: verify_table(result))
@@ -325,7 +325,7 @@ def verify_table(result: Any) -> str:
 
 def run_heal(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla heal`."""
-    from .healer import heal
+    from .commands.heal import heal
 
     result: Any = heal(**given(options))
     if result.output or options.get("dry_run"):  # of several processes, the main one knows the result
@@ -356,7 +356,7 @@ def heal_table(result: Any) -> str:
 
 def run_bench(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla bench`."""
-    from .bencher import bench
+    from .commands.bench import bench
 
     result = bench(**given(options))
     show(result, as_json, lambda: bench_table(result))
@@ -384,7 +384,7 @@ def bench_table(result: Any) -> str:
 
 def run_info(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla info`."""
-    from .inspector import info
+    from .commands.info import info
 
     result = info(**given(options))
     show(result, as_json, lambda: rows(result))
@@ -393,7 +393,7 @@ def run_info(options: dict[str, Any], as_json: bool) -> int:
 
 def run_env(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla env`."""
-    from .inspector import env
+    from .commands.env import env
 
     result = env(**given(options))
     show(result, as_json, lambda: rows(result))
@@ -402,7 +402,7 @@ def run_env(options: dict[str, Any], as_json: bool) -> int:
 
 def run_demo(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla demo`."""
-    from .demonstration import demo
+    from .commands.demo import demo
 
     result = demo(**given(options))
     show(result, as_json, lambda: demo_table(result))

@@ -14,7 +14,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    bundled=$(python -c "from hf_mla_conversion.text import BUNDLED; print(BUNDLED)")
+    bundled=$(python -c "from hf_mla_conversion.source.text import BUNDLED; print(BUNDLED)")
     set -- "$bundled/model" bundled-mla "$bundled/calibration.txt.xz" "$bundled/validation.txt.xz"
     # A quarter of the cache, in closed form, so that there is something to heal in so few steps.
     convert="--kv-lora-rank 32 --qk-rope-head-dim 16 --steps 0 --calibration-tokens 8192"

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 
 from hf_mla import cache_bytes
 from hf_mla_conversion import convert
-from hf_mla_conversion.text import BUNDLED
+from hf_mla_conversion.source.text import BUNDLED
 
 
 WORDS = ["sea", "captain", "house", "night", "hand", "door", "window", "horse", "river", "garden"]

@@ -26,7 +26,7 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_mla import cache_bytes
 from hf_mla_conversion import convert
-from hf_mla_conversion.text import BUNDLED
+from hf_mla_conversion.source.text import BUNDLED
 
 
 NOUNS = ["dog", "horse", "king", "captain", "father", "brother", "friend", "garden", "house", "boat"]

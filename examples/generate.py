@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from hf_mla import cache_bytes
 from hf_mla_conversion import convert
-from hf_mla_conversion.text import BUNDLED
+from hf_mla_conversion.source.text import BUNDLED
 
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 import hf_mla  # noqa: E402
 from hf_mla_conversion import convert  # noqa: E402
-from hf_mla_conversion.text import BUNDLED  # noqa: E402
+from hf_mla_conversion.source.text import BUNDLED  # noqa: E402
 
 
 MODEL = str(BUNDLED / "model")

@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.distill import DistillationTrainer
+from hf_mla_conversion.mathematics.distill import DistillationTrainer
 
 
 begin, keep_best = AcceleratorState.__init__, DistillationTrainer.keep_best

@@ -12,9 +12,10 @@ from conftest import MODEL, make_llama, make_source
 from transformers import AutoModelForCausalLM
 
 from hf_mla import cache_bytes
-from hf_mla_conversion import bench, bencher, convert
+from hf_mla_conversion import bench, convert
+from hf_mla_conversion.commands import bench as bencher
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.plotting import draw_bench
+from hf_mla_conversion.output.plotting import draw_bench
 
 
 KEYS = {"decode_tokens_per_second", "cache_bytes", "batch", "context", "device", "dtype"}
@@ -109,7 +110,7 @@ def test_only_steps_are_timed(monkeypatch):
 
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     model.register_forward_hook(forward, with_kwargs=True)
-    monkeypatch.setattr("hf_mla_conversion.bencher.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_mla_conversion.commands.bench.time.perf_counter", lambda: now[0])
     steps = bencher.decoded_steps(3)
     assert bencher.decode(model, 2, 64, 3).milliseconds == [1000] * bencher.REPEATS
     assert lengths == [63 - steps, 1] + [1] * steps

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, plan, verify
-from hf_mla_conversion.checkpoint import DTYPES, INDEX, ShardWriter, TensorHeader, open_checkpoint
+from hf_mla_conversion.source.checkpoint import DTYPES, INDEX, ShardWriter, TensorHeader, open_checkpoint
 from hf_mla_conversion.cli import main
 
 

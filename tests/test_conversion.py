@@ -12,13 +12,13 @@ from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import convert, plan, verify
-from hf_mla_conversion import converter as converter_module
-from hf_mla_conversion.calibrate import gradient_moments, layer_inputs, second_moment, survey, trained_context
-from hf_mla_conversion.checkpoint import open_checkpoint
-from hf_mla_conversion.converter import Job, calibration_windows
-from hf_mla_conversion.measures import Comparison
-from hf_mla_conversion.planner import memory_estimate
-from hf_mla_conversion.streaming import LayerStream, allocate
+from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.mathematics.moments import gradient_moments, layer_inputs, second_moment, survey, trained_context
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.commands.convert import Job, calibration_windows
+from hf_mla_conversion.mathematics.measures import Comparison
+from hf_mla_conversion.commands.plan import memory_estimate
+from hf_mla_conversion.source.streaming import LayerStream, allocate
 
 
 FAMILIES = {
@@ -166,7 +166,7 @@ def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
         return kept[-1]
 
     monkeypatch.setattr(converter_module, "allocate", watch)
-    monkeypatch.setattr("hf_mla_conversion.streaming.MEMORY_SHARE", 0.0)
+    monkeypatch.setattr("hf_mla_conversion.source.streaming.MEMORY_SHARE", 0.0)
     convert(source, str(tmp_path / "disk"), **options)
     assert kept[0].shape == (16, 256, 48)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("memory", "disk")]

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_mla_conversion import UserError, convert, heal, healer
-from hf_mla_conversion import distill as distillation
-from hf_mla_conversion.distill import divergence
-from hf_mla_conversion.text import BUNDLED
+from hf_mla_conversion import UserError, convert, heal
+from hf_mla_conversion.commands import heal as healer
+from hf_mla_conversion.mathematics import distill as distillation
+from hf_mla_conversion.mathematics.distill import divergence
+from hf_mla_conversion.source.text import BUNDLED
 
 
 CALIBRATION = str(BUNDLED / "calibration.txt.xz")
@@ -104,8 +105,8 @@ def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
 
 
 def test_adapters_of_the_trained_rank(pair, tmp_path):
-    from hf_mla_conversion.checkpoint import open_checkpoint
-    from hf_mla_conversion.healer import prepare, trained_parameters
+    from hf_mla_conversion.source.checkpoint import open_checkpoint
+    from hf_mla_conversion.commands.heal import prepare, trained_parameters
 
     adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), "lora", 3, seed=0)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

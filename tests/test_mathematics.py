@@ -2,9 +2,9 @@
 
 import torch
 
-from hf_mla_conversion.calibrate import OutputFit
-from hf_mla_conversion.factorize import factorize, matrix_square_root
-from hf_mla_conversion.rotary import principal_components, rotary_queries, split_keys, to_complex, to_real
+from hf_mla_conversion.mathematics.moments import OutputFit
+from hf_mla_conversion.mathematics.factorize import factorize, matrix_square_root
+from hf_mla_conversion.mathematics.rotary import principal_components, rotary_queries, split_keys, to_complex, to_real
 
 
 def random_moment(size):

@@ -9,8 +9,8 @@ import pytest
 from conftest import MODEL
 
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.inspector import info
-from hf_mla_conversion.plotting import draw
+from hf_mla_conversion.commands.info import info
+from hf_mla_conversion.output.plotting import draw
 
 
 MAGIC = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
@@ -78,5 +78,5 @@ def test_without_matplotlib(capsys, monkeypatch, tmp_path, converted):
 
 
 def test_info_alone_does_not_import_matplotlib():
-    code = f"import sys; from hf_mla_conversion.inspector import info; info({MODEL!r}); assert 'matplotlib' not in sys.modules"
+    code = f"import sys; from hf_mla_conversion.commands.info import info; info({MODEL!r}); assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_mla import LlamaMLAConfig, MLACache, cache_bytes
 from hf_mla.cache_mla import LARGEST_CODE, QUANTIZATIONS, dequantize, quantize
-from hf_mla_conversion.text import read_text, token_windows
+from hf_mla_conversion.source.text import read_text, token_windows
 
 
 both = pytest.mark.parametrize("quantization", ["int8", "fp8"])

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_mla
-from hf_mla_conversion.writing import REMOTE_FILES
+from hf_mla_conversion.output.writing import REMOTE_FILES
 
 
 # Runs in a process of its own, where importing hf_mla fails; prints logits and text for the caller to compare.

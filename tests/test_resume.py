@@ -13,7 +13,7 @@ import pytest
 from conftest import MODEL, make_source
 
 from hf_mla_conversion import UserError, convert
-from hf_mla_conversion import converter as converter_module
+from hf_mla_conversion.commands import convert as converter_module
 
 
 OPTIONS = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "steps": 4, "device": "cpu"}

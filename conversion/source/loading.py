@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .errors import UserError, brief
+from ..errors import UserError, brief
 
 
 def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:

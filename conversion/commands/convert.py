@@ -24,20 +24,20 @@ from tqdm.auto import tqdm
 
 from hf_mla.layer_mla import MLAAttention
 
-from .calibrate import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
-from .checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
-from .closed_form import convert_attention, mla_config
-from .errors import UserError
-from .families import refusal
-from .loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
-from .measures import Comparison
-from .planner import SCALES, PlanReport, check_memory, make_plan, possible_sizes
-from .progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
-from .reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
-from .reports import Candidate, ConvertReport, LayerReport
-from .streaming import LayerStream, allocate
-from .text import read_text, token_windows
-from .writing import check_repository, upload, write_checkpoint
+from ..mathematics.moments import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
+from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
+from ..mathematics.closed_form import convert_attention, mla_config
+from ..errors import UserError
+from ..source.families import refusal
+from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
+from ..mathematics.measures import Comparison
+from .plan import SCALES, PlanReport, check_memory, make_plan, possible_sizes
+from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
+from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
+from ..output.reports import Candidate, ConvertReport, LayerReport
+from ..source.streaming import LayerStream, allocate
+from ..source.text import read_text, token_windows
+from ..output.writing import check_repository, upload, write_checkpoint
 
 
 logger = logging.getLogger(__name__)

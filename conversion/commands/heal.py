@@ -19,15 +19,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
-from .card import add_healing
-from .checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
-from .distill import BEST, DistillationTrainer, Healing, last_checkpoint
-from .errors import UserError
-from .loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
-from .planner import HEAD_TOKENS, SCALES
-from .progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
-from .text import read_text, token_windows
-from .verifier import VerifyReport, check_pair, compare
+from ..output.card import add_healing
+from ..source.checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
+from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
+from ..errors import UserError
+from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
+from .plan import HEAD_TOKENS, SCALES
+from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
+from ..source.text import read_text, token_windows
+from .verify import VerifyReport, check_pair, compare
 
 
 STEPS = 1000

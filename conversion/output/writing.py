@@ -12,9 +12,9 @@ from torch import Tensor
 import hf_mla
 
 from .card import model_card
-from .checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
-from .errors import UserError, brief
-from .families import FAMILIES
+from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
+from ..errors import UserError, brief
+from ..source.families import FAMILIES
 from .progress import layer_file, write_json
 from .reports import ConvertReport
 

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 
-from .planner import PerSide, PlanReport
+from ..commands.plan import PerSide, PlanReport
 
 
 @dataclass(frozen=True)

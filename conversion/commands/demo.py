@@ -10,12 +10,12 @@ import torch
 
 from hf_mla import cache_bytes
 
-from .checkpoint import open_checkpoint
-from .converter import convert
-from .loading import load_model, load_tokenizer
-from .reports import ConvertReport
-from .text import BUNDLED
-from .verifier import VerifyReport, verify
+from ..source.checkpoint import open_checkpoint
+from .convert import convert
+from ..source.loading import load_model, load_tokenizer
+from ..output.reports import ConvertReport
+from ..source.text import BUNDLED
+from .verify import VerifyReport, verify
 
 
 PROMPT = "The captain looked at the sea and"

@@ -11,14 +11,14 @@ from tqdm.auto import tqdm
 
 from hf_mla import cache_bytes
 
-from .card import HEALING_RATIO
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import UserError
-from .families import refusal, source_head_dim
-from .loading import check_vocabulary, choose_device, load_model, load_tokenizer
-from .measures import Comparison
-from .planner import PerSide
-from .text import read_text, token_windows
+from ..output.card import HEALING_RATIO
+from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..errors import UserError
+from ..source.families import refusal, source_head_dim
+from ..source.loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from ..mathematics.measures import Comparison
+from .plan import PerSide
+from ..source.text import read_text, token_windows
 
 
 logger = logging.getLogger(__name__)

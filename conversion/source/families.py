@@ -8,7 +8,7 @@ once, with the reason: see `refusal`.
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

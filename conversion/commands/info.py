@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a checkpoint is (`info`) and what it would run on (`env`)."""
+"""What a checkpoint is."""
 
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
-from .errors import UserError, brief
-from .families import refusal, source_head_dim
-from .plotting import check_plot, plot_conversion
+from ..source.checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
+from ..errors import UserError, brief
+from ..source.families import refusal, source_head_dim
+from ..output.plotting import check_plot, plot_conversion
 
 
-PACKAGES = ("hf-mla", "torch", "transformers", "accelerate", "safetensors", "peft", "huggingface-hub", "tokenizers", "triton")
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
 GQA_DIMENSIONS = ("num_key_value_heads", "head_dim")
 MLA_DIMENSIONS = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
@@ -76,23 +73,3 @@ def conversion_file(checkpoint: Checkpoint, revision: str | None) -> Path:
         return Path(hf_hub_download(checkpoint.name, RECORD, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(f"{checkpoint.name} has no {RECORD} that can be fetched: {brief(error)}") from None
-
-
-def env() -> dict[str, Any]:
-    """Versions and devices, for a bug report.
-
-    Returns:
-        Package versions (None for what is not installed), Python, platform, and the devices torch sees.
-    """
-    import torch
-
-    result: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
-    for package in PACKAGES:
-        try:
-            result[package] = version(package)
-        except PackageNotFoundError:
-            result[package] = None
-    result["cuda"] = torch.version.cuda
-    result["devices"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
-    result["location"] = str(Path(__file__).parent)
-    return result

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
-from .planner import HEAD_TOKENS, PerSide
+from ..errors import UserError
+from ..commands.plan import HEAD_TOKENS, PerSide
 
 
 class Comparison:

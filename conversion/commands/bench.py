@@ -29,12 +29,12 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 from hf_mla import cache_bytes
 
-from .checkpoint import DTYPES, Checkpoint, open_checkpoint
-from .errors import UserError
-from .loading import choose_device, load_model
-from .planner import PerSide
-from .plotting import check_plot, draw_bench, save_figure
-from .verifier import check_pair
+from ..source.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from ..errors import UserError
+from ..source.loading import choose_device, load_model
+from .plan import PerSide
+from ..output.plotting import check_plot, draw_bench, save_figure
+from .verify import check_pair
 
 
 DEFAULT_CONTEXT = 2048

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
-from .errors import UserError
+from ..source.checkpoint import Checkpoint
+from ..errors import UserError
 
 
 if TYPE_CHECKING:

@@ -4,13 +4,13 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import Checkpoint
+from ..source.checkpoint import Checkpoint
 
 
 HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
 
 if TYPE_CHECKING:
-    from .healer import HealReport
+    from ..commands.heal import HealReport
     from .reports import ConvertReport
 
 CARD = """---

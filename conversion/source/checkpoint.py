@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, brief
+from ..errors import UserError, brief
 
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .checkpoint import load_file, save_file
-from .errors import UserError
-from .planner import HEAD_TOKENS
-from .streaming import LayerStream
+from ..source.checkpoint import load_file, save_file
+from ..errors import UserError
+from ..commands.plan import HEAD_TOKENS
+from ..source.streaming import LayerStream
 
 
 CONTEXT_TOLERANCE = 0.2  # nats; more than chance makes of a few thousand tokens

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_mla.layer_mla import MLAAttention
 
-from .calibrate import OutputFit, hooks
+from .moments import OutputFit, hooks
 
 
 NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models

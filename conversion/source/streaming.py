@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
-from .errors import UserError, brief
+from ..errors import UserError, brief
 from .families import FAMILIES
 
 

@@ -5,9 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from .errors import UserError
-from .families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
+from ..errors import UserError
+from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
 
 
 DEFAULT_KV_BUDGET = 0.3125

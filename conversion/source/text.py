@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import user_path
-from .errors import UserError, brief
+from ..errors import UserError, brief
 
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parent.parent / "bundled"
 CHARACTERS_PER_TOKEN = 16  # no tokenizer of natural text packs more on average; bounds how much text is read
 SPREAD = 4  # calibration windows are drawn from this many times the text that they take up
 
