@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_mla import cache_bytes
 from hf_mla_conversion import bench, convert
-from hf_mla_conversion.commands import bench as bencher
 from hf_mla_conversion.cli import main
+from hf_mla_conversion.commands import bench as bencher
 from hf_mla_conversion.output.plotting import draw_bench
 
 

@@ -18,11 +18,11 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 import hf_mla
 from hf_mla import MLACache, cache_bytes
 from hf_mla_conversion import UserError
+from hf_mla_conversion.commands.plan import make_plan
+from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
 from hf_mla_conversion.mathematics.moments import LayerMoments
 from hf_mla_conversion.source.checkpoint import open_checkpoint
-from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
 from hf_mla_conversion.source.families import FAMILIES, refusal
-from hf_mla_conversion.commands.plan import make_plan
 
 
 WINDOW = 16

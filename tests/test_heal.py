@@ -105,8 +105,8 @@ def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
 
 
 def test_adapters_of_the_trained_rank(pair, tmp_path):
-    from hf_mla_conversion.source.checkpoint import open_checkpoint
     from hf_mla_conversion.commands.heal import prepare, trained_parameters
+    from hf_mla_conversion.source.checkpoint import open_checkpoint
 
     adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), "lora", 3, seed=0)
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)

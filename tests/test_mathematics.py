@@ -2,8 +2,8 @@
 
 import torch
 
-from hf_mla_conversion.mathematics.moments import OutputFit
 from hf_mla_conversion.mathematics.factorize import factorize, matrix_square_root
+from hf_mla_conversion.mathematics.moments import OutputFit
 from hf_mla_conversion.mathematics.rotary import principal_components, rotary_queries, split_keys, to_complex, to_real
 
 

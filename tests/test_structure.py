@@ -1,10 +1,11 @@
 """The rules of the layout that a machine can check."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
-import time
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -53,26 +54,57 @@ def test_runtime_never_imports_the_converter():
         assert not any("conversion" in (module or "") for module, _ in imports(path)), path
 
 
+# What files of each folder may import; None is the converter's own folder, which has the command line.
+WINGS = {
+    "source": {"source"},
+    "mathematics": {"mathematics", "source"},
+    "output": {"output", "mathematics", "source"},
+    "commands": {"commands", "output", "mathematics", "source"},
+    None: {"commands", "source"},
+}
+
+
+def converter_imports(path):
+    """The files of the converter that one of them imports, anywhere in it, as paths without suffix."""
+    for module, level in imports(path):
+        if level:
+            yield path.parents[level - 1] / (module or "").replace(".", "/")
+
+
+def test_the_converter_is_of_four_folders_without_circles():
+    files = [path.with_suffix("") for path in SOURCES if path.is_relative_to(CONVERTER)]
+    graph = {path: set(converter_imports(path.with_suffix(".py"))) for path in files}
+    for path, imported in graph.items():
+        wing = path.parent.name if path.parent != CONVERTER else None
+        for other in imported:
+            assert other in graph, f"{path} imports {other}"
+            if other.parent != CONVERTER:
+                assert other.parent.name in WINGS[wing], f"{path} imports {other}"
+    list(TopologicalSorter(graph).static_order())  # raises on a circle
+
+
+def test_every_command_has_a_file_of_its_name():
+    commands = {path.stem for path in (CONVERTER / "commands").glob("[!_]*.py")}
+    assert commands == set(hf_mla_conversion.__all__) - {"UserError"}
+    for command in commands:
+        assert inspect.getmodule(getattr(hf_mla_conversion, command)).__name__ == f"hf_mla_conversion.commands.{command}"
+
+
 @pytest.mark.parametrize("file", ["mathematics/rotary.py", "mathematics/factorize.py"])
 def test_mathematics_imports_torch_and_nothing_of_ours(file):
     for module, level in imports(CONVERTER / file):
         assert level == 0 and module.split(".")[0] in {"torch", "typing"}, module
 
 
-def test_help_is_fast_and_imports_no_library():
+def test_help_imports_no_library():
     code = (
         "import sys; from hf_mla_conversion.cli import main\n"
         "try: main(['--help'])\n"
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sys.modules.keys()"
     )
-    seconds = []
-    for _ in range(3):  # the least of three: other processes may be busy
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert "convert" in done.stdout
-    assert min(seconds) < 0.3, seconds
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "convert" in done.stdout
 
 
 def test_library_code_does_not_print():

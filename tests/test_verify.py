@@ -11,14 +11,14 @@ from conftest import MODEL, VALIDATION
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import verify
+from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import verify as verifier
+from hf_mla_conversion.commands.verify import verdict
 from hf_mla_conversion.mathematics import measures
+from hf_mla_conversion.mathematics.measures import Comparison
+from hf_mla_conversion.output.reports import ContextReport, PerSide
 from hf_mla_conversion.source import loading
 from hf_mla_conversion.source.checkpoint import open_checkpoint
-from hf_mla_conversion.cli import main
-from hf_mla_conversion.mathematics.measures import Comparison
-from hf_mla_conversion.commands.plan import PerSide
-from hf_mla_conversion.commands.verify import ContextReport, verdict
 
 
 @pytest.fixture

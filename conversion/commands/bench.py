@@ -29,52 +29,17 @@ from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 from hf_mla import cache_bytes
 
-from ..source.checkpoint import DTYPES, Checkpoint, open_checkpoint
 from ..errors import UserError
-from ..source.loading import choose_device, load_model
-from .plan import PerSide
 from ..output.plotting import check_plot, draw_bench, save_figure
+from ..output.reports import BenchContext, BenchReport, PerSide
+from ..source.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from ..source.loading import choose_device, load_model
 from .verify import check_pair
 
 
 DEFAULT_CONTEXT = 2048
 WARM_UP_STEPS = 8  # the first compiles, the next two record CUDA graphs; a sliding window may make it compile again
 REPEATS = 5
-
-
-@dataclass(frozen=True)
-class BenchContext:
-    """Both models' decoding at one context."""
-
-    context: int
-    """Tokens in a sequence's cache when the last of them is decoded; all of the cache's room."""
-    decode_tokens_per_second: PerSide
-    """Of the whole batch."""
-    decode_ms_per_token: PerSide
-    """Time of a step, which gives one token to each sequence: the median of the stretches."""
-    spread: PerSide
-    """Between the fastest and the slowest stretch, as a share of the median."""
-    cache_bytes: PerSide
-    """Measured from the caches after the last step."""
-    speedup: float
-    """Tokens per second of the converted model over those of the source."""
-    cache_ratio: float
-
-
-@dataclass(frozen=True)
-class BenchReport(BenchContext):
-    """The result of `bench`; the field names are the JSON keys. What it inherits is of the longest context."""
-
-    contexts: list[BenchContext]
-    batch: int
-    new_tokens: int
-    """Steps in a stretch."""
-    repeats: int
-    """Stretches."""
-    device: str
-    dtype: str
-    torch: str
-    transformers: str
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint to MLA, one layer in memory at a time.
 
-A survey (`calibrate.py`) leaves the gradient moments of all layers, and tries the ways to spend a budget. Then every layer is
+A survey (`survey.py`) leaves the gradient moments of all layers, and tries the ways to spend a budget. Then every layer is
 converted in closed form (`closed_form.py`), fitted to the original (`reconstruct.py`) and written to disk, and the hidden states
 of all calibration text are passed through the original layer, to be what the next one gets. All other weights are copied as
 they are stored. No layer's result depends on another's: under `accelerate launch` each process takes every n-th.
@@ -24,20 +24,22 @@ from tqdm.auto import tqdm
 
 from hf_mla.layer_mla import MLAAttention
 
-from ..mathematics.moments import LayerMoments, advance, gradient_moments, layer_inputs, second_moment, survey
-from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
-from ..mathematics.closed_form import convert_attention, mla_config
 from ..errors import UserError
+from ..mathematics.closed_form import convert_attention, mla_config
+from ..mathematics.measures import Comparison
+from ..mathematics.moments import LayerMoments, second_moment
+from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
+from ..mathematics.scales import SCALES
+from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
+from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
+from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, with_sides
+from ..output.writing import check_repository, upload, write_checkpoint
+from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
-from ..mathematics.measures import Comparison
-from .plan import SCALES, PlanReport, check_memory, make_plan, possible_sizes
-from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
-from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
-from ..output.reports import Candidate, ConvertReport, LayerReport
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
-from ..output.writing import check_repository, upload, write_checkpoint
+from .plan import check_memory, make_plan, possible_sizes
 
 
 logger = logging.getLogger(__name__)
@@ -379,7 +381,7 @@ class Job:
         with self.stream.head() as head:
             for first, second, ids in zip(source, converted, windows, strict=True):
                 total.add_states(first.to(self.device), second.to(self.device), (head, head), ids.to(self.device))
-        return {"held_back_tokens": windows.numel(), **total.result()}
+        return {"held_back_tokens": windows.numel(), **with_sides(total.result())}
 
 
 def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, window: int, seed: int) -> Tensor:

@@ -2,7 +2,6 @@
 """The main job on the bundled model: convert, verify, generate from both, and say what each step gave."""
 
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +9,17 @@ import torch
 
 from hf_mla import cache_bytes
 
+from ..output.reports import DemoReport, Generation
 from ..source.checkpoint import open_checkpoint
-from .convert import convert
 from ..source.loading import load_model, load_tokenizer
-from ..output.reports import ConvertReport
 from ..source.text import BUNDLED
-from .verify import VerifyReport, verify
+from .convert import convert
+from .verify import verify
 
 
 PROMPT = "The captain looked at the sea and"
 NEW_TOKENS = 48
 STEPS = 320
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one model wrote, and what its cache held at the end."""
-
-    text: str
-    new_tokens: int
-    cache_bytes: int
-
-
-@dataclass(frozen=True)
-class DemoReport:
-    """The result of `demo`; the field names are the JSON keys."""
-
-    convert: ConvertReport
-    verify: VerifyReport
-    prompt: str
-    source: Generation
-    converted: Generation
 
 
 def demo(*, out: str | None = None) -> DemoReport:

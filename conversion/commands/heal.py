@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
-from ..output.card import add_healing
-from ..source.checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
-from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..errors import UserError
-from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
-from .plan import HEAD_TOKENS, SCALES
+from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
+from ..mathematics.scales import HEAD_TOKENS, SCALES
+from ..output.card import add_healing
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
+from ..output.reports import HealReport
+from ..source.checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
+from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
 from ..source.text import read_text, token_windows
-from .verify import VerifyReport, check_pair, compare
+from .verify import check_pair, compare
 
 
 STEPS = 1000
@@ -37,31 +38,6 @@ STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 13, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
 HELD_BACK = 32  # windows, at most, that measure whether to go on
-
-
-@dataclass(frozen=True)
-class HealReport:
-    """The result of `heal`; the field names are the JSON keys."""
-
-    train: str
-    steps: int
-    """That were to be taken."""
-    tokens_per_step: int
-    """Over all processes."""
-    window: int
-    trained_parameters: int
-    memory_bytes: dict[str, int]
-    """Of one process without sharding, by what it is for; an estimate."""
-    steps_taken: int = 0
-    stopped_early: bool = False
-    """Because held-out perplexity did not fall any more."""
-    seconds: float = 0.0
-    """Of this run; what an interrupted one had done before is not counted."""
-    history: list[dict[str, float]] = field(default_factory=list)
-    """`step` with `divergence` (nats per position) and `tokens_per_second`, or with `perplexity` on held-back text."""
-    verify: VerifyReport | None = None
-    """The result against the source, on held-back text."""
-    output: str = ""
 
 
 def heal(

@@ -4,10 +4,10 @@
 from pathlib import Path
 from typing import Any
 
-from ..source.checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
 from ..errors import UserError, brief
-from ..source.families import refusal, source_head_dim
 from ..output.plotting import check_plot, plot_conversion
+from ..source.checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
+from ..source.families import refusal, source_head_dim
 
 
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")

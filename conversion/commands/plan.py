@@ -2,65 +2,17 @@
 """What a conversion will do, from headers alone: sizes, memory, bytes read and written."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..errors import UserError
+from ..mathematics.scales import HEAD_TOKENS, SCALES
+from ..output.reports import PerSide, PlanReport
+from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
 
 
 DEFAULT_KV_BUDGET = 0.3125
-HEAD_TOKENS = 1024  # whose logits are in memory at a time: those of a long sequence would outweigh the model
 LIBRARIES = 500_000_000  # bytes that Python, torch and Transformers take
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is worked on at a time; numbers of tokens."""
-
-    calibration: int
-    """Of calibration text, unless given."""
-    window: int
-    """Of a calibration sequence, if the model's own context is not shorter."""
-    step: int
-    """Of a reconstruction step, or one sequence; twice that where there are many steps."""
-    batch: int
-    """Of a pass without training, or one sequence."""
-    fit: int
-    """For least squares; few would undo a part of a long reconstruction."""
-
-
-SCALES = {
-    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192, fit=1 << 18),
-    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
-}
-
-
-@dataclass(frozen=True)
-class PerSide:
-    """One number for the source and one for the converted model."""
-
-    source: float
-    converted: float
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """The result of `plan`; the field names are the JSON keys. Of an unsupported model only the first three are set."""
-
-    model_type: str
-    supported: bool
-    reason: str | None
-    num_hidden_layers: int | None = None
-    kv_lora_rank: int | None = None
-    qk_rope_head_dim: int | None = None
-    kv_floats_per_token_per_layer: PerSide | None = None
-    kv_bytes_per_token: PerSide | None = None
-    kv_ratio: float | None = None
-    peak_memory_bytes: int | None = None
-    bytes_read: int | None = None
-    bytes_written: int | None = None
 
 
 def plan(

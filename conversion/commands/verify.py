@@ -2,7 +2,6 @@
 """Measure a converted model against its source: perplexity, divergence, agreement, cache bytes, and the two attention paths."""
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +10,12 @@ from tqdm.auto import tqdm
 
 from hf_mla import cache_bytes
 
-from ..output.card import HEALING_RATIO
-from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..errors import UserError
+from ..mathematics.measures import Comparison
+from ..output.reports import HEALING_RATIO, ContextReport, PerSide, VerifyReport, with_sides
+from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import refusal, source_head_dim
 from ..source.loading import check_vocabulary, choose_device, load_model, load_tokenizer
-from ..mathematics.measures import Comparison
-from .plan import PerSide
 from ..source.text import read_text, token_windows
 
 
@@ -25,37 +23,6 @@ logger = logging.getLogger(__name__)
 
 VERIFICATION_WINDOW = 1024
 DECODED_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class ContextReport:
-    """How close the models are on sequences of one length."""
-
-    window: int
-    """Tokens in a sequence."""
-    tokens: int
-    perplexity: PerSide
-    perplexity_ratio: float
-    kl: float
-    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
-    top1_agreement: float
-    """Share of positions at which both models find the same token likeliest."""
-
-
-@dataclass(frozen=True)
-class VerifyReport(ContextReport):
-    """The result of `verify`; the field names are the JSON keys. What it inherits is of the shortest sequences."""
-
-    contexts: list[ContextReport]
-    """Sequences of up to 1024 tokens, and of the whole context that the model was trained for if that is more."""
-    kv_bytes_per_token: PerSide
-    """Measured from the caches after a forward pass."""
-    absorbed_vs_expanded_max_error: float
-    """Largest difference between logits of the prompt pass and of token-by-token decoding."""
-    verdict: str
-    passed: bool
-    dtype: str
-    """What both models computed and cached in."""
 
 
 def verify(
@@ -169,7 +136,7 @@ def compare_at(source: Any, converted: Any, windows: Tensor) -> ContextReport:
             for model in (source, converted)
         )
         total.add_states(first, second, (source.lm_head, converted.lm_head), ids)
-    return ContextReport(window=windows.shape[1], tokens=windows.numel(), **total.result())
+    return ContextReport(window=windows.shape[1], tokens=windows.numel(), **with_sides(total.result()))
 
 
 def verdict(reports: list[ContextReport], max_ratio: float | None) -> str:

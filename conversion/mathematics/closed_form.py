@@ -22,9 +22,9 @@ from torch import Tensor, nn
 import hf_mla
 from hf_mla.layer_mla import MLAAttention
 
-from .moments import LayerMoments
-from .factorize import factorize
 from ..source.families import FAMILIES, biased_projections, key_norms, source_head_dim
+from .factorize import factorize
+from .moments import LayerMoments
 from .rotary import principal_components, rotary_queries, split_keys
 
 

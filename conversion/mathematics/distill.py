@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..source.checkpoint import save_file
 from ..errors import UserError
-from ..commands.plan import HEAD_TOKENS
+from ..source.checkpoint import save_file
+from .scales import HEAD_TOKENS
 
 
 PATIENCE = 10  # evaluations without a new best after which healing stops; a high learning rate hides what its decay will bring

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..commands.plan import HEAD_TOKENS, PerSide
+from .scales import HEAD_TOKENS
 
 
 class Comparison:
@@ -58,7 +58,7 @@ class Comparison:
             if not math.isfinite(loss):
                 raise UserError(f"the {name} model computes numbers that are not finite; its weights are damaged")
         return {
-            "perplexity": PerSide(math.exp(min(loss_source, 700.0)), math.exp(min(loss_converted, 700.0))),
+            "perplexity": {"source": math.exp(min(loss_source, 700.0)), "converted": math.exp(min(loss_converted, 700.0))},
             "perplexity_ratio": math.exp(min(loss_converted - loss_source, 700.0)),
             "kl": kl,
             "top1_agreement": agreement,

@@ -1,30 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the original model does on calibration text, as the conversion of each layer needs it.
+"""Second moments of what a layer sees and sends back, and what is fitted with them."""
 
-`survey` makes one forward and one backward pass over a few windows, holding one layer at a time: every layer's input goes to disk
-on the way up, and on the way down the layer is computed again from it, with gradients. It leaves, per layer,
-
-* the hidden states that enter it, from which S = E[x x^T] of the attention input follows, and
-* the second moments of the loss gradient at keys (before RoPE) and values, G_K = E[dK dK^T] and G_V.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-from ..source.checkpoint import load_file, save_file
-from ..errors import UserError
-from ..commands.plan import HEAD_TOKENS
-from ..source.streaming import LayerStream
-
-
-CONTEXT_TOLERANCE = 0.2  # nats; more than chance makes of a few thousand tokens
+from torch import Tensor
 
 
 @dataclass
@@ -51,143 +34,6 @@ def second_moment(rows: Tensor) -> Tensor:
     flat = rows.detach().flatten(0, -2)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     return (flat.T @ flat).double()
-
-
-def inputs_file(folder: Path, layer: int) -> Path:
-    """Where `survey` leaves the hidden states that enter a layer."""
-    return folder / f"inputs-{layer:04}.safetensors"
-
-
-def layer_inputs(folder: Path, layer: int) -> Tensor:
-    """The hidden states [windows, tokens, D] that enter a layer, of the surveyed text."""
-    return load_file(inputs_file(folder, layer))["states"]
-
-
-def gradient_file(folder: Path, layer: int) -> Path:
-    """Where `survey` leaves the gradient moments of a layer."""
-    return folder / f"gradient-{layer:04}.safetensors"
-
-
-def gradient_moments(folder: Path, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The gradient moments G_K and G_V of a layer, each [g * d, g * d]."""
-    moments = load_file(gradient_file(folder, layer))
-    return moments["keys"].to(device), moments["values"].to(device)
-
-
-def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> int:
-    """Leave every layer's inputs and gradient moments on calibration text in `folder`.
-
-    Args:
-        stream: the model.
-        windows: token ids [windows, tokens].
-        batch: windows per pass.
-        folder: where to.
-
-    Returns:
-        The context that the model shows to be trained for, see `trained_context`. If that is less than `tokens`, there are no
-        gradient moments: what the model does beyond it is nothing to go by.
-
-    Raises:
-        UserError: the model computes numbers that are not finite.
-    """
-    with tqdm(total=2 * len(stream), desc="surveying", unit="layer") as progress:
-        states = torch.empty(*windows.shape, stream.config.hidden_size, dtype=stream.dtype)
-        stream.embed(windows, states)
-        for index in range(len(stream)):
-            save_file({"states": states}, inputs_file(folder, index))
-            with stream.layer(index) as layer:
-                advance(layer, stream.calls[index], states, batch, stream.device)
-            progress.update()
-
-        gradient = states  # of the loss, at the output of the layer at work
-        losses = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
-        with stream.head() as head:
-            for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
-                at_output, at_tokens = loss_gradient(head, part.to(stream.device), ids.to(stream.device))
-                part.copy_(at_output)
-                losses += at_tokens.sum(0).double().cpu()
-        if not torch.isfinite(losses).all():
-            raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; its weights are damaged")
-        context = trained_context(losses / len(windows))
-        if context < windows.shape[1]:
-            return context
-        for index in reversed(range(len(stream))):
-            with stream.layer(index) as layer:
-                moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
-            save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
-            progress.update()
-        return context
-
-
-def trained_context(losses: Tensor) -> int:
-    """How many tokens a model can look back on to any good, by its mean loss at each position [tokens - 1].
-
-    `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by a nat and more, where
-    within it falls with every token of context. The length is halved until its second half is not worse than what comes before,
-    down to 256.
-    """
-    length = len(losses) + 1
-    while length % 2 == 0 and length >= 512:
-        half, quarter = length // 2, length // 4
-        if losses[half : length - 1].mean() < losses[quarter:half].mean() + CONTEXT_TOLERANCE:
-            break
-        length = half
-    return length
-
-
-def loss_gradient(head: nn.Module, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss, and the gradient of its sum at the last hidden states.
-
-    Args:
-        head: from hidden states to logits.
-        states: [B, T, D].
-        ids: token ids [B, T].
-
-    Returns:
-        The gradient [B, T, D], and the loss at each token but the first [B, T - 1].
-    """
-    gradient, losses = torch.zeros_like(states), []
-    step = max(1, HEAD_TOKENS // len(ids))
-    for start in range(0, ids.shape[1] - 1, step):
-        stop = min(start + step, ids.shape[1] - 1)
-        inputs = states[:, start:stop].detach().requires_grad_(True)
-        logits = head(inputs)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # [B, vocabulary, T]
-        losses.append(nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1], reduction="none"))
-        # The sum, not the mean: gradients of equal scale whatever the batch.
-        gradient[:, start:stop] = torch.autograd.grad(losses[-1].sum(), inputs)[0]
-    return gradient, torch.cat([part.detach() for part in losses], dim=1)
-
-
-@torch.no_grad()
-def advance(layer: Any, call: dict, states: Tensor, batch: int, device: torch.device) -> None:
-    """Pass hidden states [windows, tokens, D] through a layer, in place."""
-    for part in states.split(batch):
-        part.copy_(layer(part.to(device), **call))
-
-
-def backward(layer: Any, call: dict, states: Tensor, gradient: Tensor, batch: int, device: torch.device) -> dict[str, Tensor]:
-    """Pass the loss gradient [windows, tokens, D] back through a layer, in place; returns sums of its second moments."""
-    totals: dict[str, Any] = {"keys": 0, "values": 0}
-
-    def watch(name: str) -> Callable:
-        def add(gradient: Tensor) -> None:
-            totals[name] += second_moment(gradient.flatten(2))
-
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            output.register_hook(add)
-
-        return hook
-
-    attention = layer.self_attn
-    key = getattr(attention, "k_norm", attention.k_proj)
-    with hooks([key.register_forward_hook(watch("keys")), attention.v_proj.register_forward_hook(watch("values"))]):
-        for inputs, part in zip(states.split(batch), gradient.split(batch), strict=True):
-            inputs = inputs.to(device, copy=True).requires_grad_(True)
-            with torch.enable_grad():
-                output = layer(inputs, **call)
-            part.copy_(torch.autograd.grad(output, inputs, part.to(device))[0])
-    return totals
 
 
 class OutputFit:

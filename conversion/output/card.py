@@ -2,16 +2,11 @@
 """The model card (README.md) of a converted checkpoint."""
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..source.checkpoint import Checkpoint
+from .reports import HEALING_RATIO, ConvertReport, HealReport
 
-
-HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
-
-if TYPE_CHECKING:
-    from ..commands.heal import HealReport
-    from .reports import ConvertReport
 
 CARD = """---
 {metadata}
@@ -56,7 +51,7 @@ What the source's licence and card say holds for it too.
 """
 
 
-def model_card(source: Checkpoint, config: Any, report: "ConvertReport", recipe: dict) -> str:
+def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: dict) -> str:
     """Compose the card of a converted checkpoint; the licence is carried over from the source's card."""
     assert report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mla, hf_mla]"]
@@ -118,7 +113,7 @@ TRAINED = {
 }
 
 
-def add_healing(card: str, report: "HealReport", recipe: dict, name: str) -> str:
+def add_healing(card: str, report: HealReport, recipe: dict, name: str) -> str:
     """Put what healing did and measured into a converted checkpoint's card, before its limits, and its new name."""
     assert report.verify is not None
     card = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{name}"', card)

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..source.checkpoint import user_path
 from ..errors import UserError, brief
+from ..source.checkpoint import user_path
 
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..source.checkpoint import Checkpoint
 from ..errors import UserError
+from ..source.checkpoint import Checkpoint
 
 
 if TYPE_CHECKING:

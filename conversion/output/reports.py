@@ -1,9 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `convert` reports; the field names are the JSON keys."""
+"""What the commands return; the field names are the JSON keys."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..commands.plan import PerSide, PlanReport
+
+HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
+
+
+@dataclass(frozen=True)
+class PerSide:
+    """One number for the source and one for the converted model."""
+
+    source: float
+    converted: float
+
+
+def with_sides(measures: dict[str, Any]) -> dict[str, Any]:
+    """Measures by name, those that were taken of both models as a `PerSide`."""
+    return {name: PerSide(**value) if isinstance(value, dict) else value for name, value in measures.items()}
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """The result of `plan`; the field names are the JSON keys. Of an unsupported model only the first three are set."""
+
+    model_type: str
+    supported: bool
+    reason: str | None
+    num_hidden_layers: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    kv_floats_per_token_per_layer: PerSide | None = None
+    kv_bytes_per_token: PerSide | None = None
+    kv_ratio: float | None = None
+    peak_memory_bytes: int | None = None
+    bytes_read: int | None = None
+    bytes_written: int | None = None
 
 
 @dataclass(frozen=True)
@@ -53,3 +86,114 @@ class ConvertReport(PlanReport):
     top1_agreement: float | None = None
     """Share of positions at which both models find the same token likeliest."""
     output: str = ""
+
+
+@dataclass(frozen=True)
+class ContextReport:
+    """How close the models are on sequences of one length."""
+
+    window: int
+    """Tokens in a sequence."""
+    tokens: int
+    perplexity: PerSide
+    perplexity_ratio: float
+    kl: float
+    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
+    top1_agreement: float
+    """Share of positions at which both models find the same token likeliest."""
+
+
+@dataclass(frozen=True)
+class VerifyReport(ContextReport):
+    """The result of `verify`; the field names are the JSON keys. What it inherits is of the shortest sequences."""
+
+    contexts: list[ContextReport]
+    """Sequences of up to 1024 tokens, and of the whole context that the model was trained for if that is more."""
+    kv_bytes_per_token: PerSide
+    """Measured from the caches after a forward pass."""
+    absorbed_vs_expanded_max_error: float
+    """Largest difference between logits of the prompt pass and of token-by-token decoding."""
+    verdict: str
+    passed: bool
+    dtype: str
+    """What both models computed and cached in."""
+
+
+@dataclass(frozen=True)
+class HealReport:
+    """The result of `heal`; the field names are the JSON keys."""
+
+    train: str
+    steps: int
+    """That were to be taken."""
+    tokens_per_step: int
+    """Over all processes."""
+    window: int
+    trained_parameters: int
+    memory_bytes: dict[str, int]
+    """Of one process without sharding, by what it is for; an estimate."""
+    steps_taken: int = 0
+    stopped_early: bool = False
+    """Because held-out perplexity did not fall any more."""
+    seconds: float = 0.0
+    """Of this run; what an interrupted one had done before is not counted."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """`step` with `divergence` (nats per position) and `tokens_per_second`, or with `perplexity` on held-back text."""
+    verify: VerifyReport | None = None
+    """The result against the source, on held-back text."""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class BenchContext:
+    """Both models' decoding at one context."""
+
+    context: int
+    """Tokens in a sequence's cache when the last of them is decoded; all of the cache's room."""
+    decode_tokens_per_second: PerSide
+    """Of the whole batch."""
+    decode_ms_per_token: PerSide
+    """Time of a step, which gives one token to each sequence: the median of the stretches."""
+    spread: PerSide
+    """Between the fastest and the slowest stretch, as a share of the median."""
+    cache_bytes: PerSide
+    """Measured from the caches after the last step."""
+    speedup: float
+    """Tokens per second of the converted model over those of the source."""
+    cache_ratio: float
+
+
+@dataclass(frozen=True)
+class BenchReport(BenchContext):
+    """The result of `bench`; the field names are the JSON keys. What it inherits is of the longest context."""
+
+    contexts: list[BenchContext]
+    batch: int
+    new_tokens: int
+    """Steps in a stretch."""
+    repeats: int
+    """Stretches."""
+    device: str
+    dtype: str
+    torch: str
+    transformers: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one model wrote, and what its cache held at the end."""
+
+    text: str
+    new_tokens: int
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """The result of `demo`; the field names are the JSON keys."""
+
+    convert: ConvertReport
+    verify: VerifyReport
+    prompt: str
+    source: Generation
+    converted: Generation

@@ -11,10 +11,10 @@ from torch import Tensor
 
 import hf_mla
 
-from .card import model_card
-from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
 from ..errors import UserError, brief
+from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
 from ..source.families import FAMILIES
+from .card import model_card
 from .progress import layer_file, write_json
 from .reports import ConvertReport
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint
 from ..errors import UserError, brief
+from .checkpoint import Checkpoint
 
 
 def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:

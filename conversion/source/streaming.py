@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
 from ..errors import UserError, brief
+from .checkpoint import Checkpoint
 from .families import FAMILIES
 
 

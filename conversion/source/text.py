@@ -6,8 +6,8 @@ import lzma
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import user_path
 from ..errors import UserError, brief
+from .checkpoint import user_path
 
 
 if TYPE_CHECKING:

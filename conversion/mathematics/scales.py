@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much is worked on at a time."""
+
+from dataclasses import dataclass
+
+
+HEAD_TOKENS = 1024  # whose logits are in memory at a time: those of a long sequence would outweigh the model
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is worked on at a time; numbers of tokens."""
+
+    calibration: int
+    """Of calibration text, unless given."""
+    window: int
+    """Of a calibration sequence, if the model's own context is not shorter."""
+    step: int
+    """Of a reconstruction step, or one sequence; twice that where there are many steps."""
+    batch: int
+    """Of a pass without training, or one sequence."""
+    fit: int
+    """For least squares; few would undo a part of a long reconstruction."""
+
+
+SCALES = {
+    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192, fit=1 << 18),
+    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
+}
