@@ -25,6 +25,7 @@ from llama_width import DEVICE, machine, make_model
 from transformers import PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion.commands.bench import free_memory
 
 
@@ -62,7 +63,7 @@ class Clock(BaseStreamer):
 def filled_cache(model: PreTrainedModel, ids: torch.Tensor) -> StaticCache:
     """A static cache that holds random numbers for all tokens [B, S] but the last."""
     cache = StaticCache(model.config, max_cache_len=ids.shape[1] + SPARE)
-    model(ids[:, :1], past_key_values=cache)  # allocates
+    model(ids[:, :1], **{CACHE_NAME: cache})  # allocates
     for layer in cache.layers:
         layer.keys.normal_()
         layer.values.normal_()
@@ -78,7 +79,7 @@ def generate(model: PreTrainedModel, batch: int, context: int, eager: bool) -> d
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=filled_cache(model, ids),
+        **{CACHE_NAME: filled_cache(model, ids)},
         max_new_tokens=WARM_UP + arguments.steps,
         do_sample=False,
         disable_compile=eager,
@@ -117,7 +118,7 @@ def fits(model: PreTrainedModel, batch: int, context: int) -> bool:
     free_memory()
     ids = torch.zeros(batch, 1, dtype=torch.long, device=DEVICE)
     try:
-        model(ids, past_key_values=StaticCache(model.config, max_cache_len=context), logits_to_keep=1)
+        model(ids, **{CACHE_NAME: StaticCache(model.config, max_cache_len=context)}, logits_to_keep=1)
     except torch.OutOfMemoryError:
         return False
     return True

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla import MLACache, cache_bytes
+from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion.source.text import read_text, token_windows
 
 
@@ -35,11 +36,11 @@ with torch.inference_mode():
         losses[quantization] = torch.zeros(len(windows), dtype=torch.float64)  # nats per token of each window
         for index, ids in enumerate(windows):
             cache = MLACache(model.config, quantization=quantization)
-            logits = torch.cat([model(part[None], past_key_values=cache).logits[0] for part in ids.split(arguments.chunk)])
+            logits = torch.cat([model(part[None], **{CACHE_NAME: cache}).logits[0] for part in ids.split(arguments.chunk)])
             losses[quantization][index] = torch.nn.functional.cross_entropy(logits[:-1].float(), ids[1:])
         tokens = cache.get_seq_length()
         one = MLACache(model.config, max_cache_len=tokens, quantization=quantization)  # allocates what its tokens take
-        model(windows[:1], past_key_values=one)
+        model(windows[:1], **{CACHE_NAME: one})
         sizes[quantization] = cache_bytes(one) / tokens
 
 config = model.config

@@ -20,7 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
 from hf_mla_conversion import convert
 from hf_mla_conversion.source.text import BUNDLED
 
@@ -47,7 +47,7 @@ def answers(model: Any, tokenizer: Any, examples: list[tuple[str, ...]]) -> tupl
         **inputs, max_new_tokens=16, do_sample=False, stop_strings=".", tokenizer=tokenizer, return_dict_in_generate=True
     )
     new = outputs.sequences[:, inputs["input_ids"].shape[1] :]
-    return tokenizer.batch_decode(new, skip_special_tokens=True), outputs.past_key_values
+    return tokenizer.batch_decode(new, skip_special_tokens=True), cache_of(outputs)
 
 
 def score(model: Any, tokenizer: Any, examples: list[tuple[str, ...]]) -> float:

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
 from hf_mla_conversion import convert
 from hf_mla_conversion.source.text import BUNDLED
 
@@ -59,7 +59,7 @@ def answers(model: Any, tokenizer: Any, conversations: list[dict]) -> tuple[list
         **inputs, max_new_tokens=16, do_sample=False, stop_strings="\n", tokenizer=tokenizer, return_dict_in_generate=True
     )
     new = outputs.sequences[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], outputs.past_key_values
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)], cache_of(outputs)
 
 
 def score(model: Any, tokenizer: Any, conversations: list[dict]) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
 from hf_mla_conversion import convert
 from hf_mla_conversion.source.text import BUNDLED
 
@@ -28,5 +28,5 @@ with tempfile.TemporaryDirectory() as scratch:
     outputs = model.generate(**inputs, max_new_tokens=60, streamer=streamer, return_dict_in_generate=True)
 
     cached = outputs.sequences.shape[1] - 1  # the last token was never fed back
-    print(f"\ncached {cached} tokens in {cache_bytes(outputs.past_key_values):,} bytes;")
-    print(f"the original takes {report.kv_ratio:.2f} to 1: {cache_bytes(outputs.past_key_values) / report.kv_ratio:,.0f} bytes")
+    print(f"\ncached {cached} tokens in {cache_bytes(cache_of(outputs)):,} bytes;")
+    print(f"the original takes {report.kv_ratio:.2f} to 1: {cache_bytes(cache_of(outputs)) / report.kv_ratio:,.0f} bytes")

@@ -11,7 +11,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from . import modeling_mla
-from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes
+from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes, cache_of
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
 from .layer_mla import MLAAttention
 from .modeling_mla import (
@@ -77,6 +77,7 @@ __all__ = [
     "Qwen3MLAPreTrainedModel",
     "__version__",
     "cache_bytes",
+    "cache_of",
 ]
 
 # The library looks class names up in these tables (the trainer's label smoothing does); `register` leaves them alone.

@@ -7,7 +7,8 @@
   `StaticCache` work as well.
 * `LatentDynamicLayer` appends in place into a buffer that grows by a quarter, where Transformers' own dynamic layer
   copies the whole cache at every step. The buffer never exceeds `max_length` where that is known (`generate` knows it),
-  so a generation that runs to its end holds exactly S * (R + P) numbers per layer.
+  so a generation that runs to its end holds exactly S * (R + P) numbers per layer. The buffer is no part of the layer's state,
+  so an exporter, which takes every attribute for an input of the program, does not see it.
 * The static and sliding-window layers of Transformers are used as they are: they take their shapes from the first tensors
   they see.
 * A quantized layer holds two tensors likewise: its `keys` are the codes of the latent, one byte a number, its `values` the rest
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, StaticCache
+from transformers import __version__ as transformers_version
 from transformers.cache_utils import (
     Cache,
     DynamicLayer,
@@ -27,6 +29,12 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+
+from .configuration_mla import release
+
+
+# What models and `generate` call a cache, as an argument and in their outputs.
+CACHE_NAME = "cache" if release(transformers_version) >= (5, 24) else "past_key_values"
 
 
 class TokenBuffer:
@@ -51,9 +59,6 @@ class TokenBuffer:
         Returns:
             All tokens [B, 1, S + T, width], as a view of the buffer where that is safe.
         """
-        # Autograd may have saved earlier views of the buffer, and a compiler cannot see whether a view is still ours.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return torch.cat([held, new], dim=-2)
         length = held.shape[-2] if held.ndim == 4 else 0
         total = length + new.shape[-2]
         buffer = self.tensor
@@ -87,9 +92,18 @@ class LatentDynamicLayer(DynamicLayer):
         **kwargs: what other layers take; ignored.
     """
 
+    __slots__ = ("_buffers",)  # beside `__dict__`, which is what an exporter looks at
+
     def __init__(self, max_length: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.buffers = [TokenBuffer(max_length), TokenBuffer(max_length)]  # `keys` and `values` are views of these
+        self._buffers = (TokenBuffer(max_length), TokenBuffer(max_length))
+
+    @property
+    def buffers(self) -> tuple[TokenBuffer, TokenBuffer]:
+        """What `keys` and `values` are views of. A layer that an exporter has put together begins with empty ones."""
+        if not hasattr(self, "_buffers"):
+            self._buffers = (TokenBuffer(None), TokenBuffer(None))
+        return self._buffers
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -105,6 +119,9 @@ class LatentDynamicLayer(DynamicLayer):
         Returns:
             All latents [B, 1, S, R + P], and the empty values [B, 1, S, 0].
         """
+        # Autograd may have saved earlier views of the buffer, and a compiler cannot see whether a view is still ours.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self.buffers[0].append(self.keys, key_states)  # type: ignore[arg-type]
@@ -183,6 +200,8 @@ class QuantizedLayerMixin:
 
     def __init__(self, layer: Any, rank: int, code_dtype: torch.dtype) -> None:
         vars(self).update(vars(layer))
+        if isinstance(layer, LatentDynamicLayer):
+            self._buffers = layer.buffers
         self.rank = rank
         self.code_dtype = code_dtype
 
@@ -238,7 +257,7 @@ QUANTIZED_LAYERS: dict[Any, Any] = {
 
 
 class MLACache(Cache):
-    """A cache of packed latents to pass as `past_key_values`; `generate` makes one by itself.
+    """A cache of packed latents to pass as `cache` (before Transformers 5.24: `past_key_values`); `generate` makes one by itself.
 
     Args:
         config: the configuration of the model.
@@ -249,7 +268,7 @@ class MLACache(Cache):
 
     Example:
         >>> cache = MLACache(model.config)
-        >>> outputs = model.generate(**inputs, past_key_values=cache)
+        >>> outputs = model.generate(**inputs, cache=cache)
         >>> cache_bytes(cache)
     """
 
@@ -307,6 +326,11 @@ def use_latent_layers(
     if quantization is not None:
         settings = (config.kv_lora_rank, QUANTIZATIONS[quantization])
         cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) for x in cache.layers]
+
+
+def cache_of(outputs: Any) -> Any:
+    """The cache in what a model or `generate` returned, whatever this version of Transformers calls it; None if there is none."""
+    return outputs.get(CACHE_NAME)
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
@@ -126,6 +127,19 @@ class MLAAttention(nn.Module):
         key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
         return torch.cat([key, value], dim=-1)[..., :width]
 
+    def value_padding(self) -> int:
+        """How many zeros to append to each value for the attention function, and to cut off its output.
+
+        FlashAttention wants keys and values of equal width, and so do the fastest kernels of SDPA on the CPU (4 to 20 times as fast
+        as the one without) and, where results must repeat, on a GPU (4 times). An engine that brings its own attention takes
+        the values as they are.
+        """
+        if self.config._attn_implementation.startswith("vllm"):
+            return 0
+        equal = is_flash_attention_requested(self.config) or self.o_proj.weight.device.type == "cpu"
+        equal = equal or torch.are_deterministic_algorithms_enabled()
+        return max(0, self.qk_head_dim - self.v_head_dim) if equal else 0
+
     def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any, in_kernel: bool = False) -> bool:
         """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
         if torch.is_grad_enabled() or (self.training and self.attention_dropout):
@@ -142,6 +156,8 @@ class MLAAttention(nn.Module):
         else:  # no mask, or FlashAttention's [B, S]: it is the kernel that keeps to the causal order and the window
             readable = attention_mask is None or isinstance(attention_mask, torch.Tensor)
             readable = readable and new_tokens == 1 and all_tokens <= (self.sliding_window or all_tokens)
+        if torch.compiler.is_exporting() and isinstance(all_tokens, torch.SymInt):
+            return readable and new_tokens == 1  # comparing lengths would bind the program to some of them
         pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
         dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
         return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed, in_kernel=in_kernel)
@@ -151,7 +167,9 @@ class MLAAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
+        cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
+        attended_ranges: dict[int | None, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from the T new tokens to all S.
@@ -160,7 +178,9 @@ class MLAAttention(nn.Module):
             hidden_states: [B, T, hidden_size], after the input norm.
             position_embeddings: cosines and sines of the rotary embedding, each [B, T, P].
             attention_mask: as the configured attention implementation wants it.
-            past_key_values: the cache; the packed latents of the new tokens are appended to it.
+            cache: to which the packed latents of the new tokens are appended, or the pages of continuous batching.
+            past_key_values: the name of `cache` before Transformers 5.24.
+            attended_ranges: for the layers to share: by window, what part of the tokens their masks let the kernel read.
             **kwargs: passed on to the attention function.
 
         Returns:
@@ -182,36 +202,37 @@ class MLAAttention(nn.Module):
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
         latent = rest = None
-        paged = kwargs.pop("cache", None)  # of continuous batching
-        ranges = kwargs.pop("attended_ranges", None)
-        if paged is not None:
-            latent = self.update_pages(paged, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
-        elif past_key_values is not None:
+        cache = past_key_values if cache is None else cache
+        # By what it is, for the names differ between versions; and whoever traces this module gives neither.
+        paged = isinstance(cache, PagedAttentionCache)
+        if paged:
+            latent = self.update_pages(cache, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
+        elif isinstance(cache, Cache):
             latent = torch.cat(parts, dim=-1)
-            latent, rest = past_key_values.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g], or codes
+            latent, rest = cache.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g], or codes
             rest = rest if rest.shape[-1] else None  # of a quantized cache
 
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
-        if latent is not None and (paged is None or attention_mask is not None):
+        if latent is not None and (not paged or attention_mask is not None):
             # The eager attention is asked for where weights are wanted, which a kernel does not have.
             in_kernel = not self.config._attn_implementation.endswith("eager") and runs_in_kernel(
-                query, latent, attention_mask, self.kv_lora_rank, self.qk_rope_head_dim, paged is not None
+                query, latent, attention_mask, self.kv_lora_rank, self.qk_rope_head_dim, paged
             )
             if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
                 if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
                     attention_mask = attention_mask[:, None, None, :].bool()
                 attended = None
-                if in_kernel and ranges is not None and attention_mask is not None and paged is None:
-                    if self.sliding_window not in ranges:
-                        ranges[self.sliding_window] = attended_range(attention_mask)
-                    attended = ranges[self.sliding_window]
+                if in_kernel and attended_ranges is not None and attention_mask is not None and not paged:
+                    if self.sliding_window not in attended_ranges:
+                        attended_ranges[self.sliding_window] = attended_range(attention_mask)
+                    attended = attended_ranges[self.sliding_window]
                 weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
                 output, weights = absorbed_attention(
                     *(q_nope, q_rot, latent, weight, attention_mask, self.scaling),
                     num_key_norms=self.num_key_norms,
                     rest=rest,
                     in_kernel=in_kernel,
-                    packed=paged is not None,
+                    packed=paged,
                     attended=attended,
                 )
                 return self.o_proj(output.reshape(batch, tokens, -1)), weights
@@ -225,12 +246,8 @@ class MLAAttention(nn.Module):
         key, value = self.expand_kv(kv_nope, k_rot)
         if key_scale is not None:
             key = (key.unflatten(1, (key_scale.shape[1], -1)) * key_scale[:, :, None, :, None]).flatten(1, 2)
-        # FlashAttention wants equal widths, and so do the fastest kernels of SDPA on the CPU (4 to 20 times as fast as the one
-        # without) and, where results must repeat, on a GPU (4 times): pad the values, and cut the padding off the output.
-        equal = is_flash_attention_requested(self.config) or self.o_proj.weight.device.type == "cpu"
-        equal = equal or torch.are_deterministic_algorithms_enabled()
-        padding = self.qk_head_dim - self.v_head_dim if equal else 0
-        if padding > 0:
+        padding = self.value_padding()
+        if padding:
             value = nn.functional.pad(value, [0, padding])
         implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -245,5 +262,6 @@ class MLAAttention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, V]
-        output = output[..., : self.v_head_dim].reshape(batch, tokens, -1)
-        return self.o_proj(output), weights
+        if padding:
+            output = output[..., : self.v_head_dim]
+        return self.o_proj(output.reshape(batch, tokens, -1)), weights

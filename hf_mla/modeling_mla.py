@@ -12,9 +12,11 @@ import copy
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import __version__ as transformers_version
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -35,7 +37,7 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from .cache_mla import quantization_of, use_latent_layers
+from .cache_mla import CACHE_NAME, quantization_of, use_latent_layers
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
 from .layer_mla import MLAAttention
 
@@ -46,7 +48,7 @@ class LatentCacheGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        given, quantization = model_kwargs.get("past_key_values"), None
+        given, quantization = model_kwargs.get(CACHE_NAME), None
         if given is None and generation_config.cache_implementation == "quantized":
             quantization = quantization_of(generation_config.cache_config)
             generation_config = copy.copy(generation_config)
@@ -54,7 +56,7 @@ class LatentCacheGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if given is None and cache is not None:
             use_latent_layers(cache, self.config, max_cache_length, quantization)
 
@@ -89,26 +91,52 @@ class MLAPreTrainedModelMixin:
 class MLAModelMixin:
     """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
 
-    def __init__(self: Any, config: PreTrainedConfig) -> None:
+    layers: Any
+    post_init: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = MLAAttention(config, layer_idx)
         self.post_init()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers."""
-        # For the layers to share: by window, what part of the tokens their masks let the decode kernel read.
-        return super().forward(*args, attended_ranges={}, **kwargs)  # type: ignore[misc]
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers; `past_key_values` is the name of `cache` before 5.24, and both are taken."""
+        if isinstance(cache, Cache) or cache is None:
+            kwargs[CACHE_NAME] = past_key_values if cache is None else cache
+        else:
+            kwargs["cache"] = cache  # the pages of continuous batching, which never had another name
+        return super().forward(  # type: ignore[misc]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            attended_ranges={},
+            **kwargs,
+        )
 
 
 class MLAHeadMixin:
     """Makes a model with a head stand on a decoder with MLA, `decoder_class`; `add_head` makes the modules after it."""
 
     decoder_class: type
+    add_head: Any
+    post_init: Any
 
-    def __init__(self: Any, config: PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         # The library's own would build a decoder without MLA first, or ask AutoModel for one, which doubts remote code.
-        PreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
         self.model = self.decoder_class(config)
         self.add_head(config)
         self.post_init()

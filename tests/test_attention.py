@@ -27,7 +27,7 @@ def feed(model, ids, cache, sizes):
     """Logits of feeding `ids` in pieces of the given sizes."""
     parts, seen = [], 0
     for size in sizes:
-        parts.append(model(ids[:, seen : seen + size], past_key_values=cache).logits)
+        parts.append(model(ids[:, seen : seen + size], cache=cache).logits)
         seen += size
     assert seen == ids.shape[1]
     return torch.cat(parts, dim=1)
@@ -57,7 +57,7 @@ def test_absorbed_equals_expanded(kind, padding, sizes, implementation, monkeypa
     parts, seen = [], 0
     for size in sizes:
         step = slice(seen, seen + size)
-        outputs = model(ids[:, step], attention_mask=mask[:, : seen + size], position_ids=positions[:, step], past_key_values=cache)
+        outputs = model(ids[:, step], attention_mask=mask[:, : seen + size], position_ids=positions[:, step], cache=cache)
         parts.append(outputs.logits)
         seen += size
     assert any(taken), "the absorbed path was never taken"
@@ -123,15 +123,15 @@ def test_decoding_never_forms_keys_or_values(monkeypatch):
     config, cached = model.config, 600
     keys = cached * config.num_attention_heads * config.qk_nope_head_dim
     cache = MLACache(config)
-    model(torch.randint(1, 97, (1, cached)), past_key_values=cache)
+    model(torch.randint(1, 97, (1, cached)), cache=cache)
     with LargestTensor() as absorbed:
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([[5]]), cache=cache)
     # The largest is the cache itself, when its buffer grows: R + P numbers a token, with a quarter to spare.
     assert absorbed.elements <= 1.3 * cached * (config.kv_lora_rank + config.qk_rope_head_dim) < keys
     # Transformers' way, for contrast: the same step expanded does form them.
     monkeypatch.setattr(type(model.model.layers[0].self_attn), "should_absorb", lambda *_: False)
     with LargestTensor() as expanded:
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([[5]]), cache=cache)
     assert expanded.elements >= keys
 
 
@@ -166,8 +166,8 @@ def test_adapter_on_kv_b_proj_counts_in_decoding(mla, use_dora):
         expected = model(input_ids=ids, use_cache=False).logits
         assert (expected - base).abs().max() > 0.1
         cache = MLACache(mla.config)
-        parts = [model(input_ids=ids[:, :40], past_key_values=cache).logits]
-        parts += [model(input_ids=part, past_key_values=cache).logits for part in ids[:, 40:].split(1, dim=1)]
+        parts = [model(input_ids=ids[:, :40], cache=cache).logits]
+        parts += [model(input_ids=part, cache=cache).logits for part in ids[:, 40:].split(1, dim=1)]
     assert (torch.cat(parts, 1) - expected).abs().max() < 1e-4
 
 
@@ -177,8 +177,8 @@ def test_attentions_are_returned(mla):
     ids = torch.randint(1, 97, (2, 12))
     whole = mla(ids, output_attentions=True).attentions
     cache = MLACache(mla.config)
-    mla(ids[:, :11], past_key_values=cache)
-    last = mla(ids[:, 11:], past_key_values=cache, output_attentions=True).attentions
+    mla(ids[:, :11], cache=cache)
+    last = mla(ids[:, 11:], cache=cache, output_attentions=True).attentions
     assert len(whole) == len(last) == 2
     for all_rows, row in zip(whole, last, strict=True):
         assert (all_rows[:, :, -1:] - row).abs().max() < 1e-5

@@ -11,7 +11,8 @@ import torch
 from conftest import MODEL, make_llama, make_source
 from transformers import AutoModelForCausalLM
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
+from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion import bench, convert
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import bench as bencher
@@ -93,10 +94,10 @@ def test_a_copied_prompt_is_a_read_prompt(tmp_path, changes, converted):
     expected = model.generate(prompt, **options, cache_implementation="static")
     with torch.no_grad():
         cache = bencher.filled_cache(model, prompt[:, :-1], 3, 30)
-    result = model.generate(prompt.expand(3, -1), **options, past_key_values=cache)
+    result = model.generate(prompt.expand(3, -1), **options, **{CACHE_NAME: cache})
     assert torch.equal(result.sequences, expected.sequences.expand(3, -1))
     assert cache.get_seq_length() == 30
-    assert cache_bytes(cache) == 3 * cache_bytes(expected.past_key_values)
+    assert cache_bytes(cache) == 3 * cache_bytes(cache_of(expected))
 
 
 def test_only_steps_are_timed(monkeypatch):

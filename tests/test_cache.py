@@ -5,7 +5,7 @@ import torch
 from conftest import make_mla
 from transformers import AutoModelForCausalLM
 
-from hf_mla import LatentDynamicLayer, MLACache, cache_bytes
+from hf_mla import LatentDynamicLayer, MLACache, cache_bytes, cache_of
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -15,7 +15,7 @@ def test_bytes_after_generating_1000_tokens(converted, batch):
     prompt = torch.randint(3, 4096, (batch, 7))
     outputs = model.generate(prompt, min_new_tokens=1000, max_new_tokens=1000, do_sample=False, return_dict_in_generate=True)
     assert outputs.sequences.shape == (batch, 1007)
-    cache = outputs.past_key_values
+    cache = cache_of(outputs)
     assert all(type(layer) is LatentDynamicLayer for layer in cache.layers)
     tokens = 1006  # the last token was never fed back
     assert cache.get_seq_length() == tokens
@@ -57,18 +57,18 @@ def test_prefill_in_inference_mode_then_decode_without(mla):
     cache = MLACache(mla.config)
     with torch.inference_mode():
         expected = mla(ids, use_cache=False).logits[:, -1].clone()
-        mla(ids[:, :8], past_key_values=cache)
+        mla(ids[:, :8], cache=cache)
     with torch.no_grad():
-        mla(ids[:, 8:9], past_key_values=cache)
-        assert torch.allclose(mla(ids[:, 9:], past_key_values=cache).logits[:, -1], expected, atol=1e-5)
+        mla(ids[:, 8:9], cache=cache)
+        assert torch.allclose(mla(ids[:, 9:], cache=cache).logits[:, -1], expected, atol=1e-5)
 
 
 def test_cache_under_autograd(mla):
     """With gradients on, nothing is written in place: the loss through a cached prefix can be differentiated."""
     ids = torch.randint(1, 97, (1, 10))
     cache = MLACache(mla.config)
-    mla(ids[:, :5], past_key_values=cache)
-    mla(ids[:, 5:], past_key_values=cache).logits.sum().backward()
+    mla(ids[:, :5], cache=cache)
+    mla(ids[:, 5:], cache=cache).logits.sum().backward()
     assert mla.model.layers[0].self_attn.kv_a_proj_with_mqa.weight.grad.abs().max() > 0
 
 

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
 from hf_mla import MLACache, attention_mla, layer_mla
+from hf_mla.cache_mla import CACHE_NAME
 
 
 @pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
@@ -32,7 +33,7 @@ def test_one_graph(family, lengths, quantization):
         model.generate(
             prompt,
             attention_mask=mask.long(),
-            past_key_values=MLACache(model.config, max_cache_len=width + NEW, quantization=quantization),
+            **{CACHE_NAME: MLACache(model.config, max_cache_len=width + NEW, quantization=quantization)},
             max_new_tokens=NEW,
             do_sample=False,
             **options,
@@ -65,9 +66,9 @@ def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
                     kind[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
         ids, mask = torch.zeros(3, 21, dtype=torch.long, device="cuda"), torch.ones(3, 21, dtype=torch.long, device="cuda")
         cache = MLACache(model.config, max_cache_len=60)
-        model(ids[:, :20], past_key_values=cache)
+        model(ids[:, :20], cache=cache)
         inputs = model.prepare_inputs_for_generation(
-            ids, past_key_values=cache, attention_mask=mask, use_cache=True, next_sequence_length=1
+            ids, **{CACHE_NAME: cache}, attention_mask=mask, use_cache=True, next_sequence_length=1
         )
         torch._dynamo.reset()
         torch.compile(model.forward, backend=backend, fullgraph=True)(**inputs)
@@ -97,7 +98,7 @@ def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
 
     def tokens(length, **options):
         cache = MLACache(model.config, max_cache_len=length, quantization=quantization)
-        return model.generate(prompt, attention_mask=mask, past_key_values=cache, max_new_tokens=8, do_sample=False, **options)
+        return model.generate(prompt, attention_mask=mask, **{CACHE_NAME: cache}, max_new_tokens=8, do_sample=False, **options)
 
     expected = tokens(None)
     kernel = mock.Mock(wraps=decode_triton.latent_decode)
@@ -123,5 +124,5 @@ def test_nothing_is_read(family, length, quantization):
         ids.max().item()
     with mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention) as absorbed:
         for part in ids.split([20, *[1] * 20], dim=1):
-            logits = model(part, past_key_values=cache).logits
+            logits = model(part, cache=cache).logits
     assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers

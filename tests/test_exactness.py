@@ -5,6 +5,7 @@ import torch
 from conftest import LLAMA3_ROPE, MODEL, make_llama
 from transformers import AutoModelForCausalLM
 
+from hf_mla import cache_of
 from hf_mla_conversion import convert
 
 
@@ -34,8 +35,8 @@ def test_logits_equal_the_originals_in_float64(tmp_path, changes, rank, rope_dim
         assert expected.std() > 0.1
         error = (converted(ids).logits - expected).abs().max().item()
         # Token by token, through the cache and the absorbed path, as well.
-        cache = converted(ids[:, :80], use_cache=True).past_key_values
-        steps = [converted(part, past_key_values=cache).logits for part in ids[:, 80:].split(1, dim=1)]
+        cache = cache_of(converted(ids[:, :80], use_cache=True))
+        steps = [converted(part, cache=cache).logits for part in ids[:, 80:].split(1, dim=1)]
         decoded = (torch.cat(steps, 1) - expected[:, 80:]).abs().max().item()
     assert error < 1e-9, error
     assert decoded < 1e-9, decoded

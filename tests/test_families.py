@@ -16,7 +16,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import hf_mla
-from hf_mla import MLACache, cache_bytes
+from hf_mla import MLACache, cache_bytes, cache_of
+from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion import UserError
 from hf_mla_conversion.commands.plan import make_plan
 from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
@@ -109,7 +110,7 @@ def test_logits_equal_the_originals_in_float64(tmp_path, float64_norms, family, 
     caches = [DynamicCache(config=converted.config), DynamicCache(), MLACache(converted.config)]
     caches += [StaticCache(converted.config, 80), MLACache(converted.config, 80)]
     for cache in caches:
-        parts = [converted(part, past_key_values=cache).logits for part in ids.split([40, *[1] * 24], dim=1)]
+        parts = [converted(part, cache=cache).logits for part in ids.split([40, *[1] * 24], dim=1)]
         assert (torch.cat(parts, 1) - expected).abs().max() < 1e-9, cache
 
 
@@ -188,7 +189,7 @@ def test_generate_gives_the_same_tokens_from_every_cache(family, changes, implem
         assert torch.equal(model.generate(**inputs), expected)
         assert torch.equal(model.generate(**inputs, cache_implementation="static"), expected)
         for cache in (MLACache(model.config), MLACache(model.config, 40), DynamicCache()):
-            assert torch.equal(model.generate(**inputs, past_key_values=cache), expected), cache
+            assert torch.equal(model.generate(**inputs, **{CACHE_NAME: cache}), expected), cache
     beams = {"input_ids": ids, "num_beams": 3, **options}
     assert torch.equal(model.generate(**beams), model.generate(**beams, use_cache=False))
 
@@ -202,8 +203,8 @@ def test_absorbed_equals_expanded(family, changes, monkeypatch):
     monkeypatch.setattr(attention, "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
     ids = torch.randint(1, 97, (2, 40))
     expected = model(ids, use_cache=False).logits
-    cache = model(ids[:, :20]).past_key_values
-    parts = [model(part, past_key_values=cache).logits for part in ids[:, 20:].split(2, dim=1)]
+    cache = cache_of(model(ids[:, :20]))
+    parts = [model(part, cache=cache).logits for part in ids[:, 20:].split(2, dim=1)]
     assert (torch.cat(parts, 1) - expected[:, 20:]).abs().max() < 1e-5
     assert taken == [False] * 2 + [True] * 20
 
@@ -216,8 +217,8 @@ def test_adapters_take_part_in_both_paths(target):
     ).eval()
     ids = torch.randint(1, 97, (2, 40))
     expected = model(ids, use_cache=False).logits
-    cache = model(ids[:, :30]).past_key_values
-    parts = [model(part, past_key_values=cache).logits for part in ids[:, 30:].split(1, dim=1)]
+    cache = cache_of(model(ids[:, :30]))
+    parts = [model(part, cache=cache).logits for part in ids[:, 30:].split(1, dim=1)]
     assert (torch.cat(parts, 1) - expected[:, 30:]).abs().max() < 1e-4
     with model.disable_adapter():
         assert (model(ids, use_cache=False).logits - expected).abs().max() > 1e-2
@@ -238,7 +239,7 @@ def test_cache_holds_what_the_configuration_says(family, changes):
     model = make_mla(family, **changes)
     config = model.config
     options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
-    cache = model.generate(torch.randint(1, 97, (2, 10)), **options).past_key_values
+    cache = cache_of(model.generate(torch.randint(1, 97, (2, 10)), **options))
     for layer, held in zip(model.model.layers, cache.layers, strict=True):
         window = layer.self_attn.sliding_window
         tokens = 39 if window is None else window - 1
@@ -255,9 +256,9 @@ def test_key_norms_in_half_precision(dtype):
     ids = torch.randint(1, 97, (2, 40))
     expected = model(ids).logits.softmax(-1)
     model.to(dtype)
-    cache = model(ids[:, :30]).past_key_values
+    cache = cache_of(model(ids[:, :30]))
     assert cache.layers[0].keys.dtype == dtype
-    decoded = [model(part, past_key_values=cache).logits for part in ids[:, 30:].split(1, dim=1)]
+    decoded = [model(part, cache=cache).logits for part in ids[:, 30:].split(1, dim=1)]
     for logits in (model(ids).logits[:, 30:], torch.cat(decoded, 1)):
         assert (logits.float().softmax(-1) - expected[:, 30:]).abs().max() < 0.05
 

@@ -14,7 +14,8 @@ from conftest import LLAMA3_ROPE, make_mla
 from transformers import DynamicCache, LlamaConfig, StaticCache, TextIteratorStreamer, set_seed
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from hf_mla import MLACache, cache_bytes
+from hf_mla import MLACache, cache_bytes, cache_of
+from hf_mla.cache_mla import CACHE_NAME
 
 
 WINDOW = 16
@@ -39,11 +40,11 @@ def make_prompt(rows=2, length=9):
     return torch.randint(1, 97, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def generate(model, prompt, **options):
+def generate(model, prompt, cache=None, **options):
     """Sequences and cache after generating NEW tokens."""
-    options = {"max_new_tokens": NEW, "do_sample": False} | options
+    options = {"max_new_tokens": NEW, "do_sample": False} | ({} if cache is None else {CACHE_NAME: cache}) | options
     outputs = model.generate(prompt, return_dict_in_generate=True, **options)
-    return outputs.sequences, outputs.past_key_values
+    return outputs.sequences, cache_of(outputs)
 
 
 def check(model, prompt, exact=True, **options):
@@ -179,10 +180,10 @@ def test_prefix_reuse(family, length):
     model, prefix, suffixes = make(family), make_prompt(length=20), make_prompt(rows=4, length=5).split(2)
     cache = MLACache(model.config, max_cache_len=length)
     with torch.no_grad():
-        model(prefix, past_key_values=cache)
+        model(prefix, cache=cache)
     for suffix in suffixes:
         prompt = torch.cat([prefix, suffix], 1)
-        sequences, _ = generate(model, prompt, past_key_values=copy.deepcopy(cache))
+        sequences, _ = generate(model, prompt, cache=copy.deepcopy(cache))
         assert torch.equal(sequences, generate(model, prompt, use_cache=False)[0])
     assert cache.get_seq_length() == 20, "the copies were written to, not the original"
 
@@ -195,7 +196,7 @@ def test_turns(family):
     for _ in range(3):
         conversation = torch.cat([conversation, make_prompt(length=4)], 1)
         expected, _ = generate(model, conversation, use_cache=False, max_new_tokens=9)
-        conversation, cache = generate(model, conversation, past_key_values=cache, max_new_tokens=9)
+        conversation, cache = generate(model, conversation, cache=cache, max_new_tokens=9)
         assert torch.equal(conversation, expected)
     assert cache.get_seq_length() == conversation.shape[1] - 1
 
@@ -208,7 +209,7 @@ def test_crop():
     cache.crop(-(NEW + 4))
     assert cache.get_seq_length() == 15 and cache_bytes(cache) == before
     other = torch.cat([sequences[:, :15], make_prompt(length=6).flip(1)], 1)
-    assert torch.equal(generate(model, other, past_key_values=cache)[0], generate(model, other, use_cache=False)[0])
+    assert torch.equal(generate(model, other, cache=cache)[0], generate(model, other, use_cache=False)[0])
 
 
 @pytest.mark.mode("Repeating and selecting sequences of a cache", since="5.15", costs="one copy of the latents")
@@ -219,14 +220,14 @@ def test_repeat_and_select(family):
     cache.batch_repeat_interleave(3)
     cache.batch_select_indices(torch.tensor([4, 1, 1]))
     ids = torch.cat([prompt[[1, 0, 0]], make_prompt(rows=3, length=5)], 1)
-    sequences, cache = generate(model, ids, past_key_values=cache)
+    sequences, cache = generate(model, ids, cache=cache)
     assert torch.equal(sequences, generate(model, ids, use_cache=False)[0])
     check_size(model, cache, exact=False)
 
 
 def reset_and_reuse(model, cache):
     for prompt in make_prompt(rows=4).split(2):
-        sequences, _ = generate(model, prompt, past_key_values=cache)
+        sequences, _ = generate(model, prompt, cache=cache)
         assert torch.equal(sequences, generate(model, prompt, use_cache=False)[0])
         cache.reset()
         assert cache.get_seq_length() == 0
@@ -255,11 +256,11 @@ def test_reset_windows(family):
 @all_families
 def test_save_and_load(family, length, tmp_path):
     model, prompt = make(family), make_prompt()
-    sequences, cache = generate(model, prompt, past_key_values=MLACache(model.config, max_cache_len=length), max_new_tokens=9)
+    sequences, cache = generate(model, prompt, cache=MLACache(model.config, max_cache_len=length), max_new_tokens=9)
     torch.save(cache, tmp_path / "cache.pt")
     loaded = torch.load(tmp_path / "cache.pt", weights_only=False)
     assert cache_bytes(loaded) == cache_bytes(cache)
-    assert torch.equal(generate(model, sequences, past_key_values=loaded)[0], generate(model, sequences, use_cache=False)[0])
+    assert torch.equal(generate(model, sequences, cache=loaded)[0], generate(model, sequences, use_cache=False)[0])
 
 
 @pytest.mark.mode(
@@ -275,7 +276,7 @@ def test_gathering(family, own):
     model, prompt = make(family), make_prompt(rows=4)
     caches, rows = [], []
     for part in prompt.split(2):
-        sequences, cache = generate(model, part, max_new_tokens=5, past_key_values=MLACache(model.config) if own else None)
+        sequences, cache = generate(model, part, max_new_tokens=5, cache=MLACache(model.config) if own else None)
         caches.append(cache)
         rows.append(sequences)
     layers = [
@@ -283,7 +284,7 @@ def test_gathering(family, own):
         for (keys, values, window), (other_keys, other_values, _) in zip(*caches, strict=True)
     ]
     ids = torch.cat(rows)
-    sequences, cache = generate(model, ids, past_key_values=DynamicCache(ddp_cache_data=layers))
+    sequences, cache = generate(model, ids, cache=DynamicCache(ddp_cache_data=layers))
     assert torch.equal(sequences, generate(model, ids, use_cache=False)[0])
     check_size(model, cache, exact=False)
 
@@ -296,7 +297,7 @@ def test_static(family):
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     assert lengths == {"Mistral": [WINDOW, WINDOW], "Qwen2": [60, WINDOW]}.get(family, [60, 60])
     for cache in (MLACache(model.config, 60), StaticCache(model.config, 60)):
-        assert torch.equal(generate(model, prompt, past_key_values=cache)[0], generate(model, prompt, use_cache=False)[0])
+        assert torch.equal(generate(model, prompt, cache=cache)[0], generate(model, prompt, use_cache=False)[0])
 
 
 @pytest.mark.mode("The library's own DynamicCache", since="5.15", costs="the latents are copied once a step")
@@ -304,7 +305,7 @@ def test_static(family):
 def test_dynamic(family):
     model, prompt = make(family), make_prompt()
     for cache in (DynamicCache(config=model.config), DynamicCache()):
-        sequences, cache = generate(model, prompt, past_key_values=cache)
+        sequences, cache = generate(model, prompt, cache=cache)
         assert torch.equal(sequences, generate(model, prompt, use_cache=False)[0])
         check_size(model, cache, exact=False)
 
@@ -320,11 +321,11 @@ def test_compiled(family, backend):
     cache = MLACache(model.config, max_cache_len=48)
     torch._dynamo.reset()
     step = torch.compile(model, fullgraph=True, backend=backend)
-    ids = [*prompt.split(1, dim=1), model(prompt, past_key_values=cache).logits[:, -1:].argmax(-1)]
+    ids = [*prompt.split(1, dim=1), model(prompt, cache=cache).logits[:, -1:].argmax(-1)]
     for i in range(NEW - 1):
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             positions = torch.full((2, 1), len(ids) - 1)
-            ids.append(step(ids[-1], past_key_values=cache, position_ids=positions).logits.argmax(-1))
+            ids.append(step(ids[-1], cache=cache, position_ids=positions).logits.argmax(-1))
     assert torch.equal(torch.cat(ids, 1), expected)
 
 
@@ -339,7 +340,7 @@ def test_offloaded(family, how):
     model, prompt = make(family).cuda(), make_prompt().cuda()
     options = {"cache_implementation": "offloaded"}
     if how == "MLACache":
-        options = {"past_key_values": MLACache(model.config, offloading=True)}
+        options = {"cache": MLACache(model.config, offloading=True)}
     sequences, cache = generate(model, prompt, **options)
     assert torch.equal(sequences, generate(model, prompt, use_cache=False)[0])
     # After the last layer the first one is on its way back; the library leaves windows on the GPU.
@@ -356,7 +357,7 @@ def test_offloaded_static(family, how):
     model, prompt = make(family).cuda(), make_prompt().cuda()
     options = {"cache_implementation": "offloaded_static"}
     if how == "MLACache":
-        options = {"past_key_values": MLACache(model.config, max_cache_len=40, offloading=True)}
+        options = {"cache": MLACache(model.config, max_cache_len=40, offloading=True)}
     # Compiled, the library's own Llama makes torch 2.11 crash here.
     sequences, cache = generate(model, prompt, disable_compile=True, **options)
     assert torch.equal(sequences, generate(model, prompt, use_cache=False)[0])
@@ -391,7 +392,7 @@ def test_rope_beyond_the_trained_length(kind, monkeypatch):
     check_size(model, cache)
     if kind == "dynamic":  # the angles depend on the length: without a cache, those of the old tokens would change with it
         monkeypatch.setattr(type(model.model.layers[0].self_attn), "should_absorb", lambda *_: False)
-        expected, _ = generate(fresh, prompt, max_new_tokens=110, past_key_values=DynamicCache())
+        expected, _ = generate(fresh, prompt, max_new_tokens=110, cache=DynamicCache())
     else:
         expected, _ = generate(fresh, prompt, max_new_tokens=110, use_cache=False)
     assert torch.equal(sequences, expected)

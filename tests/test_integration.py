@@ -15,7 +15,7 @@ from conftest import MODEL, make_mla
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments, pipeline
 
 import hf_mla
-from hf_mla import MLACache, layer_mla
+from hf_mla import MLACache, cache_of, layer_mla
 from hf_mla.configuration_mla import release
 
 
@@ -31,8 +31,8 @@ def counted_absorption():
 @torch.no_grad()
 def speak(model, ids=IDS, prompt=64):
     """The logits of all tokens at once, of the last ones token by token, and what is generated."""
-    cache = model(ids[:, :prompt]).past_key_values
-    decoded = [model(part, past_key_values=cache).logits for part in ids[:, prompt:].split(1, dim=1)]
+    cache = cache_of(model(ids[:, :prompt]))
+    decoded = [model(part, cache=cache).logits for part in ids[:, prompt:].split(1, dim=1)]
     tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     return model(ids).logits, torch.cat(decoded, dim=1), tokens
 
@@ -75,9 +75,9 @@ def test_attentions_and_hidden_states():
     mask = torch.ones_like(IDS)
     mask[1, :5] = 0
     outputs = {"output_attentions": True, "output_hidden_states": True}
-    cache = model(IDS[:, :-1], attention_mask=mask[:, :-1]).past_key_values
+    cache = cache_of(model(IDS[:, :-1], attention_mask=mask[:, :-1]))
     with counted_absorption() as absorbed:
-        step = model(IDS[:, -1:], attention_mask=mask, past_key_values=cache, **outputs)
+        step = model(IDS[:, -1:], attention_mask=mask, cache=cache, **outputs)
     assert absorbed.call_count == 2
     model.set_attn_implementation("eager")
     whole = model(IDS, attention_mask=mask, **outputs)
@@ -213,7 +213,7 @@ class DecodeStep(torch.nn.Module):
     def forward(self, ids, length):
         for layer in self.cache.layers:
             layer.cumulative_length.copy_(length)
-        return self.model(ids, past_key_values=self.cache).logits
+        return self.model(ids, cache=self.cache).logits
 
 
 @pytest.mark.mode("torch.export of a decode step", since="5.15", costs="static cache: attends to all of it at every step")
@@ -221,7 +221,7 @@ class DecodeStep(torch.nn.Module):
 def test_exported_decode_step(saved):
     model = saved[0]
     cache = MLACache(model.config, max_cache_len=80)
-    model(IDS[:, :64], past_key_values=cache)
+    model(IDS[:, :64], cache=cache)
     with counted_absorption() as absorbed:
         exported = torch.export.export(DecodeStep(model, cache), (IDS[:, 64:65], torch.tensor(64)))
     assert absorbed.call_count == 2

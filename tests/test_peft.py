@@ -87,7 +87,7 @@ def decode(model, **options):
     """The logits of a prompt and then of token by token."""
     cache = MLACache(model.config)
     parts = [IDS[:, :PROMPT], *IDS[:, PROMPT:].split(1, dim=1)]
-    return torch.cat([model(input_ids=part, past_key_values=cache, **options).logits for part in parts], dim=1)
+    return torch.cat([model(input_ids=part, cache=cache, **options).logits for part in parts], dim=1)
 
 
 def counted_absorption():
@@ -362,8 +362,8 @@ def test_compiled_decoding():
     model = adapted(LoraConfig()).requires_grad_(False)
     step = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     cache = MLACache(model.config, max_cache_len=IDS.shape[1])
-    parts = [model(input_ids=IDS[:, :PROMPT], past_key_values=cache).logits]
+    parts = [model(input_ids=IDS[:, :PROMPT], cache=cache).logits]
     for index in range(PROMPT, IDS.shape[1]):
         with torch._dynamo.config.patch(error_on_recompile=index > PROMPT):
-            parts.append(step(input_ids=IDS[:, index : index + 1], past_key_values=cache).logits)
+            parts.append(step(input_ids=IDS[:, index : index + 1], cache=cache).logits)
     assert_close(torch.cat(parts, dim=1), logits(model))

@@ -8,8 +8,8 @@ import torch
 from conftest import VALIDATION, make_mla
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from hf_mla import LlamaMLAConfig, MLACache, cache_bytes
-from hf_mla.cache_mla import LARGEST_CODE, QUANTIZATIONS, dequantize, quantize
+from hf_mla import LlamaMLAConfig, MLACache, cache_bytes, cache_of
+from hf_mla.cache_mla import CACHE_NAME, LARGEST_CODE, QUANTIZATIONS, dequantize, quantize
 from hf_mla_conversion.source.text import read_text, token_windows
 
 
@@ -55,10 +55,10 @@ def test_bytes_after_1000_tokens(quantization, batch):
     prompt = torch.randint(1, 97, (batch, 950))
     quantized = {"cache_implementation": "quantized", "cache_config": {"backend": quantization}}
     new = {"max_new_tokens": 51, "min_new_tokens": 51}  # the last token is not fed back
-    growing = model.generate(prompt, do_sample=False, return_dict_in_generate=True, **new, **quantized).past_key_values
+    growing = cache_of(model.generate(prompt, do_sample=False, return_dict_in_generate=True, **new, **quantized))
     static = MLACache(model.config, max_cache_len=1000, quantization=quantization)
     with torch.no_grad():
-        model(prompt, past_key_values=static)
+        model(prompt, cache=static)
     for cache in (growing, static):
         assert cache_bytes(cache) == batch * 1000 * 2 * (24 + 2 * (8 + 2 + 1))
     assert growing.get_seq_length() == 1000
@@ -134,16 +134,16 @@ def test_generate(quantization, family):
     options = {"cache_implementation": "quantized", "cache_config": cache_config, "return_dict_in_generate": True, **GREEDY}
     outputs = model.generate(prompt, **options)
     assert cache_config == {"backend": quantization}
-    assert isinstance(outputs.past_key_values, DynamicCache)
-    for cache in (outputs.past_key_values, static := MLACache(model.config, 33, quantization=quantization)):
+    assert isinstance(cache_of(outputs), DynamicCache)
+    for cache in (cache_of(outputs), static := MLACache(model.config, 33, quantization=quantization)):
         assert all(layer.code_dtype == QUANTIZATIONS[quantization] for layer in cache.layers)
     expected = outputs.sequences
     for cache in (MLACache(model.config, quantization=quantization), static):
-        assert torch.equal(model.generate(prompt, past_key_values=cache, **GREEDY), expected)
+        assert torch.equal(model.generate(prompt, **{CACHE_NAME: cache}, **GREEDY), expected)
     static.reset()
-    assert torch.equal(model.generate(prompt, past_key_values=static, **GREEDY), expected)
+    assert torch.equal(model.generate(prompt, **{CACHE_NAME: static}, **GREEDY), expected)
     beams = [
-        model.generate(prompt, num_beams=3, past_key_values=MLACache(model.config, length, quantization=quantization), **GREEDY)
+        model.generate(prompt, num_beams=3, **{CACHE_NAME: MLACache(model.config, length, quantization=quantization)}, **GREEDY)
         for length in (None, 33)
     ]
     assert torch.equal(*beams)
@@ -155,7 +155,7 @@ def test_generate(quantization, family):
 
 def test_int8_unless_something_else_is_asked_for(mla):
     outputs = mla.generate(torch.tensor([[5]]), cache_implementation="quantized", max_new_tokens=3, return_dict_in_generate=True)
-    assert {layer.code_dtype for layer in outputs.past_key_values.layers} == {torch.int8}
+    assert {layer.code_dtype for layer in cache_of(outputs).layers} == {torch.int8}
 
 
 @both
@@ -171,7 +171,7 @@ def test_rotary_keys_and_key_norms_are_stored_as_they_are():
     ids = torch.randint(1, 97, (2, 16))
     plain, quantized = MLACache(model.config), MLACache(model.config, quantization="int8")
     for cache in (plain, quantized):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     assert torch.equal(plain.layers[0].keys[..., 24:], quantized.layers[0].values[..., :-1])
 
 
@@ -181,9 +181,9 @@ def test_prefill_in_inference_mode_and_decoding_under_autograd(mla):
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
         cache = MLACache(mla.config, quantization="int8")
         with mode():
-            mla(ids[:, :8], past_key_values=cache)
-        mla(ids[:, 8:9], past_key_values=cache)
-        logits.append(mla(ids[:, 9:], past_key_values=cache).logits)
+            mla(ids[:, :8], cache=cache)
+        mla(ids[:, 8:9], cache=cache)
+        logits.append(mla(ids[:, 9:], cache=cache).logits)
         assert not cache.layers[0].values.requires_grad
     assert torch.allclose(logits[0], logits[1], atol=1e-5)
     assert torch.allclose(logits[0], logits[2], atol=1e-5)
@@ -196,7 +196,7 @@ def test_refusals(mla):
         with pytest.raises(ValueError, match="it must be one of {'backend': 'int8'}, {'backend': 'fp8'}"):
             mla.generate(torch.tensor([[5]]), cache_implementation="quantized", cache_config=cache_config)
     with pytest.raises(ValueError, match="cache_implementation"):
-        mla.generate(torch.tensor([[5]]), cache_implementation="quantized", past_key_values=MLACache(mla.config))
+        mla.generate(torch.tensor([[5]]), cache_implementation="quantized", **{CACHE_NAME: MLACache(mla.config)})
 
 
 @mode
@@ -209,7 +209,7 @@ def test_perplexity(converted):
     losses = {}
     for quantization in (None, "int8", "fp8"):
         cache = MLACache(model.config, quantization=quantization)
-        logits = torch.cat([model(part, past_key_values=cache).logits for part in windows.split(128, dim=1)], dim=1)
+        logits = torch.cat([model(part, cache=cache).logits for part in windows.split(128, dim=1)], dim=1)
         losses[quantization] = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()).item()
     assert losses["int8"] - losses[None] < 0.001
     assert losses["fp8"] - losses[None] < 0.003

@@ -105,7 +105,7 @@ def test_any_session_equals_the_reference(model, kind, data):
                 ids[:, -fed:],
                 attention_mask=mask,
                 position_ids=positions[:, -fed:],
-                past_key_values=cache,
+                cache=cache,
                 use_cache=cache is not None,
             ).logits
         for row in range(rows):

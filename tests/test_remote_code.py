@@ -34,7 +34,7 @@ for path in (folder, again):
     assert type(model).__name__ == "LlamaMLAForCausalLM" and type(base).__name__ == "LlamaMLAModel"
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
     outputs = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
-    assert {type(layer).__name__ for layer in outputs.past_key_values.layers} == {"LatentDynamicLayer"}
+    assert {type(layer).__name__ for layer in cache_of(outputs).layers} == {"LatentDynamicLayer"}
     print(repr((model(ids).logits[0, -1, :5].tolist(), outputs.sequences.tolist(), text[0]["generated_text"])))
     if path == folder:
         model.save_pretrained(again)

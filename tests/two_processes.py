@@ -12,6 +12,8 @@ from test_integration import counted_absorption, speak, train
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from hf_mla import cache_of
+
 
 def tensor_parallel(folder):
     """What a model of which each process holds half says; the gradients of what both hold; and the numbers in its cache."""
@@ -22,7 +24,7 @@ def tensor_parallel(folder):
     model(ids, labels=ids).loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if "norm" in name or "kv_a_proj" in name}
     gradients = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
-    cache = model(ids).past_key_values.layers[0].keys
+    cache = cache_of(model(ids)).layers[0].keys
     return {"spoken": spoken, "absorbed": absorbed.call_count, "gradients": gradients, "cache": cache}
 
 

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, LogitsProcessor, StaticCache
 
 from hf_mla import cache_bytes
+from hf_mla.cache_mla import CACHE_NAME
 
 from ..errors import UserError
 from ..output.plotting import check_plot, draw_bench, save_figure
@@ -213,7 +214,7 @@ def decode(model: Any, batch: int, context: int, new_tokens: int) -> Decoding:
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         min_new_tokens=steps + 1,  # the first one comes from the prompt's last token, and is not timed
         max_new_tokens=steps + 1,
         do_sample=False,
@@ -225,7 +226,7 @@ def decode(model: Any, batch: int, context: int, new_tokens: int) -> Decoding:
 def filled_cache(model: Any, prompt: Tensor, batch: int, length: int) -> StaticCache:
     """A static cache with room for `length` tokens in each of `batch` sequences, all of which begin with a prompt [1, T]."""
     read: Any = DynamicCache()
-    model(input_ids=prompt, past_key_values=read, use_cache=True, logits_to_keep=1)
+    model(input_ids=prompt, use_cache=True, logits_to_keep=1, **{CACHE_NAME: read})
     cache = StaticCache(model.config, max_cache_len=length)
     for index, layer in enumerate(read.layers):
         keys, values = (states.expand(batch, -1, -1, -1) for states in (layer.keys, layer.values))  # [B, heads, T, width]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
 
 from ..output.reports import DemoReport, Generation
 from ..source.checkpoint import open_checkpoint
@@ -50,4 +50,4 @@ def generate(folder: str) -> Generation:
     inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     outputs = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
     new = outputs.sequences[0, inputs["input_ids"].shape[1] :]
-    return Generation(tokenizer.decode(new), len(new), cache_bytes(outputs.past_key_values))
+    return Generation(tokenizer.decode(new), len(new), cache_bytes(cache_of(outputs)))

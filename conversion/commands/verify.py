@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_mla import cache_bytes
+from hf_mla import cache_bytes, cache_of
 
 from ..errors import UserError
 from ..mathematics.measures import Comparison
@@ -159,7 +159,7 @@ def verdict(reports: list[ContextReport], max_ratio: float | None) -> str:
 
 def measured_bytes(model: Any, prompt: Tensor) -> int:
     """Bytes per token of the cache that a forward pass over a prompt [1, T] leaves behind."""
-    cache = model(input_ids=prompt.to(model.device), use_cache=True, logits_to_keep=1).past_key_values
+    cache = cache_of(model(input_ids=prompt.to(model.device), use_cache=True, logits_to_keep=1))
     return cache_bytes(cache) // prompt.shape[1]
 
 
@@ -168,6 +168,6 @@ def decoding_error(model: Any, prompt: Tensor) -> float:
     prompt = prompt.to(model.device)
     decoded = min(DECODED_TOKENS, prompt.shape[1] - 1)
     expected = model(input_ids=prompt, use_cache=False, logits_to_keep=decoded).logits
-    cache = model(input_ids=prompt[:, :-decoded], use_cache=True, logits_to_keep=1).past_key_values
-    steps = [model(input_ids=ids, past_key_values=cache).logits for ids in prompt[:, -decoded:].split(1, dim=1)]
+    cache = cache_of(model(input_ids=prompt[:, :-decoded], use_cache=True, logits_to_keep=1))
+    steps = [model(input_ids=ids, cache=cache).logits for ids in prompt[:, -decoded:].split(1, dim=1)]
     return (torch.cat(steps, dim=1) - expected).abs().max().item()

@@ -81,7 +81,7 @@ class LayerStream:
         calls: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            calls.append({key: value for key, value in kwargs.items() if key not in ("past_key_values", "use_cache")})
+            calls.append({key: value for key, value in kwargs.items() if key not in ("cache", "past_key_values", "use_cache")})
             return hidden_states
 
         parts = [*self.decoder.layers, self.decoder.norm]
