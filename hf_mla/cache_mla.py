@@ -17,6 +17,7 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -104,6 +105,15 @@ class LatentDynamicLayer(DynamicLayer):
         if not hasattr(self, "_buffers"):
             self._buffers = (TokenBuffer(None), TokenBuffer(None))
         return self._buffers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy has no spare room: it takes no more memory than its tokens, and no exporter learns the strides of a buffer."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            whole = isinstance(value, torch.Tensor)
+            setattr(twin, name, value.clone(memory_format=torch.contiguous_format) if whole else copy.deepcopy(value, memo))
+        twin._buffers = TokenBuffer(self.buffers[0].max_length), TokenBuffer(self.buffers[1].max_length)
+        return twin
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -1,5 +1,8 @@
 """The cache holds r + p numbers per token and layer, and survives what Transformers does to caches."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import make_mla
@@ -50,6 +53,30 @@ def test_appending_equals_concatenating():
         reference = new if reference is None else torch.cat([reference, new], 2)
         assert torch.equal(keys, reference)
         assert values.shape == (2, 1, reference.shape[2], 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_go_on_by_themselves(duplicate):
+    new = torch.randn(2, 1, 8, 6)
+    layer = LatentDynamicLayer(max_length=64)
+    for part in new[:, :, :6].split(2, dim=2):
+        layer.update(part, part[..., :0])
+    twin = duplicate(layer)
+    assert type(twin) is LatentDynamicLayer and twin.buffers[0].max_length == 64
+    for either, last in ((layer, new[:, :, 6:]), (twin, -new[:, :, 6:])):
+        either.update(last, last[..., :0])
+    assert torch.equal(layer.keys, new)
+    assert torch.equal(twin.keys, torch.cat([new[:, :, :6], -new[:, :, 6:]], dim=2))
+
+
+@torch.no_grad()
+def test_a_deep_copy_has_no_spare_room(mla):
+    cache = MLACache(mla.config)
+    for part in torch.randint(1, 97, (2, 9)).split([8, 1], dim=1):
+        mla(part, cache=cache)
+    assert cache_bytes(cache) == 2 * 11 * mla.config.kv_bytes_per_token(itemsize=4)
+    assert cache_bytes(copy.deepcopy(cache)) == 2 * 9 * mla.config.kv_bytes_per_token(itemsize=4)
 
 
 def test_prefill_in_inference_mode_then_decode_without(mla):

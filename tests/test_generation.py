@@ -7,6 +7,7 @@ longer part of the library; they come as code from the Hub.
 
 import copy
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from hf_mla import MLACache, cache_bytes, cache_of
 from hf_mla.cache_mla import CACHE_NAME
+from hf_mla_conversion.commands.verify import decoding_error, measured_bytes
 
 
 WINDOW = 16
@@ -407,3 +409,44 @@ def test_window_bounds_the_cache(family):
     windowed = cache_bytes(cache) - (0 if family == "Mistral" else 68 * token)
     assert windowed <= WINDOW * token * (2 if family == "Mistral" else 1)
     assert cache.layers[1].keys.shape[2] == WINDOW - 1
+
+
+def test_both_names_of_the_cache(mla, monkeypatch):
+    """`cache`, and what it was called before 5.24: in a model's forward everywhere, elsewhere as the library has them."""
+    prompt = make_prompt()
+    with torch.no_grad():
+        expected = mla(prompt).logits[:, -1:]
+        for base in (mla, mla.model):
+            results = []
+            for name in ("cache", "past_key_values"):
+                cache = MLACache(mla.config)
+                with warnings.catch_warnings(action="ignore"):
+                    base(prompt[:, :-1], **{name: cache})
+                    outputs = base(prompt[:, -1:], **{name: cache})
+                assert cache.get_seq_length() == prompt.shape[1] and cache_of(outputs) is cache
+                results.append(outputs[0])
+            assert torch.equal(*results)
+        assert (mla(prompt[:, -1:], cache=cache_of(mla(prompt[:, :-1]))).logits - expected).abs().max() < 1e-5
+    reference = generate(mla, prompt)[0]
+    with warnings.catch_warnings(action="ignore"):
+        outputs = mla.generate(
+            prompt, past_key_values=MLACache(mla.config), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True
+        )
+        assert torch.equal(outputs.sequences, reference)
+        assert outputs.past_key_values is cache_of(outputs)
+
+
+def test_our_own_code_warns_of_nothing(monkeypatch, mla):
+    """In no way of using a cache; the library tells of old names by warnings and by its logger, the latter once a process."""
+    said = []
+    monkeypatch.setattr("logging.Logger.warning_once", lambda logger, message, *args, **kwargs: said.append(message))
+    prompt = make_prompt()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        for how in ({}, {"cache": MLACache(mla.config)}, {"num_beams": 2}, {"cache_implementation": "static"}):
+            generate(mla, prompt, **how)
+        generate(mla, prompt, cache_implementation="quantized", cache_config={"backend": "int8"})
+        generate(mla, prompt[:1], prompt_lookup_num_tokens=3)
+        assert measured_bytes(mla, prompt) == mla.config.kv_bytes_per_token(itemsize=4) * len(prompt)
+        assert decoding_error(mla, prompt) < 1e-4
+    assert not [message for message in said if "deprecated" in str(message)]

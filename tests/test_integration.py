@@ -1,4 +1,4 @@
-"""What the ecosystem does with models: offloads, splits, quantizes, exports, trains them and calls them through pipelines."""
+"""What the ecosystem does with models: offloads, splits, quantizes, trains them and calls them through pipelines."""
 
 import copy
 import os
@@ -12,10 +12,10 @@ import pytest
 import torch
 import transformers
 from conftest import MODEL, make_mla
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer, TrainingArguments, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import hf_mla
-from hf_mla import MLACache, cache_of, layer_mla
+from hf_mla import cache_of, layer_mla
 from hf_mla.configuration_mla import release
 
 
@@ -197,57 +197,6 @@ def test_quantized_weights(kind, tmp_path):
     assert rounding > 0.01
     allowed = {"torchao int8": 1e-4, "bitsandbytes int8": rounding, "bitsandbytes nf4": 0.1}
     assert (decoded - prefill[:, 136:]).abs().max() < allowed[kind]
-
-
-class DecodeStep(torch.nn.Module):
-    """One step over a static cache, whose tensors are buffers."""
-
-    def __init__(self, model, cache):
-        super().__init__()
-        self.model, self.cache = model, cache
-        for i, layer in enumerate(cache.layers):
-            self.register_buffer(f"latents_{i}", layer.keys)
-            self.register_buffer(f"values_{i}", layer.values)
-            self.register_buffer(f"length_{i}", layer.cumulative_length)
-
-    def forward(self, ids, length):
-        for layer in self.cache.layers:
-            layer.cumulative_length.copy_(length)
-        return self.model(ids, cache=self.cache).logits
-
-
-@pytest.mark.mode("torch.export of a decode step", since="5.15", costs="static cache: attends to all of it at every step")
-@torch.no_grad()
-def test_exported_decode_step(saved):
-    model = saved[0]
-    cache = MLACache(model.config, max_cache_len=80)
-    model(IDS[:, :64], cache=cache)
-    with counted_absorption() as absorbed:
-        exported = torch.export.export(DecodeStep(model, cache), (IDS[:, 64:65], torch.tensor(64)))
-    assert absorbed.call_count == 2
-    assert not any("eye" in str(node.target) for node in exported.graph.nodes)  # the weight is read, not recovered
-    program = exported.module()
-    decoded = [program(IDS[:, i : i + 1], torch.tensor(i)) for i in range(64, 72)]
-    assert (torch.cat(decoded, dim=1) - model(IDS).logits[:, 64:]).abs().max() < 1e-5
-
-
-@pytest.mark.mode("Transformers' DynamoExporter", since="5.15", costs="as for torch.export; a dynamic cache stays dynamic")
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.filterwarnings("ignore:.treespec.children_specs. is deprecated:FutureWarning")  # the exporter's own
-@torch.no_grad()
-def test_library_exporter(saved, kind):
-    from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
-    from transformers.exporters.utils import decompose_prefill_decode
-
-    how = GenerationConfig(cache_implementation="static", max_cache_len=80) if kind == "static" else None
-    model, inputs = decompose_prefill_decode(copy.deepcopy(saved[0]), {"input_ids": IDS}, how)["decode"]
-    expected = model(**copy.deepcopy(inputs)).logits
-    with counted_absorption() as absorbed:
-        exported = DynamoExporter().export(model, copy.deepcopy(inputs), DynamoConfig(dynamic=kind == "dynamic"))
-    assert absorbed.call_count == 2
-    program = exported.module() if hasattr(exported, "module") else exported
-    outputs = program(**{name: value for name, value in inputs.items() if not isinstance(value, bool)})
-    assert (outputs["logits"] - expected).abs().max() < 1e-5
 
 
 def save(model, tokenizer, folder):
