@@ -2,13 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-OLDEST := 5.15.1
-MIDDLE := 5.17.0
+# The oldest supported Transformers, one of the middle, and the newest, which is what continuous integration takes (constraints.txt).
+VERSIONS := 5.15.1 5.17.0 5.24.0
+# What a new Transformers breaks first.
+CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tests/test_cache.py tests/test_attention.py \
+  tests/test_export.py tests/test_heads.py tests/test_remote_code.py tests/test_continuous.py
 # As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-test test-versions: export OMP_NUM_THREADS ?= 1
+test test-versions test-newest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check style test-versions clean
+.PHONY: demo test check style test-versions test-newest clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,15 +35,19 @@ style: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The tests on the oldest supported, a middle and the newest Transformers, each in its own environment.
-test-versions:
-	for version in $(OLDEST) $(MIDDLE) newest; do \
-	  $(PYTHON) -m venv $(VENV)-$$version && \
-	  grep -v '^transformers' constraints.txt > $(VENV)-$$version/constraints.txt && \
-	  $(VENV)-$$version/bin/pip install --quiet --constraint $(VENV)-$$version/constraints.txt --upgrade --editable '.[dev]' \
-	    "transformers$$(test $$version = newest || echo ==$$version)" && \
-	  $(VENV)-$$version/bin/python $(PYTEST) || exit 1; \
-	done
+# An environment with one version of Transformers; "newest" is whatever the package index has.
+install-%:
+	$(PYTHON) -m venv $(VENV)-$*
+	grep -v '^transformers' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)-$*/constraints.txt --upgrade \
+	  --editable '.[dev]' transformers$(if $(filter-out newest,$*),==$*)
+
+test-versions: $(VERSIONS:%=install-%)  ## all tests on each supported version
+	for version in $(VERSIONS); do $(VENV)-$$version/bin/python $(PYTEST) || exit 1; done
+
+test-newest: install-newest  ## the core, on a version that may have appeared since the last change here
+	$(VENV)-newest/bin/pip list --disable-pip-version-check | grep '^transformers '
+	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
