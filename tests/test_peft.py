@@ -9,7 +9,9 @@ from unittest import mock
 import peft
 import pytest
 import torch
+import transformers
 from conftest import make_mla
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -347,6 +349,11 @@ def test_dropout_acts_on_tokens():
     assert_decodes(model, absorbed=False)
 
 
+@pytest.mark.xfail(
+    Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) <= Version("0.21.2"),
+    reason="PEFT looks for the cache by its old name and repeats the prompt at each step, with the library's own Llama as well",
+    strict=True,
+)
 def test_prompt_tuning():
     model = adapted(peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))
     with counted_absorption() as calls:
