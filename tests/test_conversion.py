@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands import convert as converter_module

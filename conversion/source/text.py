@@ -3,6 +3,7 @@
 
 import logging
 import lzma
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
 
 def read_dataset(name: str, limit: int) -> str:
     """Read up to `limit` characters of the "text" column of a data set's training split."""
+    os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "0")  # datasets 3 would ask on stdin
     try:
         from datasets import load_dataset
     except ImportError:

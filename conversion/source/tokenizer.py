@@ -25,9 +25,14 @@ if TYPE_CHECKING:
 
 
 CONFIG = "tokenizer_config.json"
-# What reads a vocabulary that is no tokenizer.json: packages by the names of files, first match first.
-READERS = {"*.tiktoken": ("tiktoken",), "tiktoken.model": ("tiktoken",), "*.model": ("sentencepiece", "google.protobuf")}
-SPECIALS = 100  # special and added tokens, at most, of which samples are made
+# What it takes to read a vocabulary that is no tokenizer.json, the first of these that is there: modules, and what pip calls them.
+READERS = {
+    "tekken.json": {"mistral_common": "mistral-common", "PIL": "pillow"},
+    "*.tiktoken": {"tiktoken": "tiktoken"},
+    "tiktoken.model": {"tiktoken": "tiktoken"},
+    "*.model": {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"},
+}
+SPECIALS = 100  # added tokens, at most, of which samples are made
 
 
 def load_tokenizer(folder: Path | None, name: str, trust_remote_code: bool = False) -> Any:
@@ -68,10 +73,9 @@ def missing_packages(folder: Path) -> list[str]:
     """Packages, as pip knows them, that the vocabulary of a folder takes and that are not installed."""
     if (folder / "tokenizer.json").is_file():
         return []
-    packages = next((packages for pattern, packages in READERS.items() if any(folder.glob(pattern))), ())
-    # A parent of google.protobuf may be missing too.
-    absent = [name for name in packages if not find_spec(name.split(".")[0]) or not find_spec(name)]
-    return [name.rsplit(".", 1)[-1] for name in absent]
+    modules: dict[str, str] = next((modules for pattern, modules in READERS.items() if any(folder.glob(pattern))), {})
+    # (The package that a module is in may be missing, too.)
+    return [name for module, name in modules.items() if not find_spec(module.split(".")[0]) or not find_spec(module)]
 
 
 def custom_code(folder: Path, name: str) -> list[str]:
@@ -165,7 +169,7 @@ def behaviour(tokenizer: Any) -> dict[str, Any]:
     """All that two tokenizers must have in common, by what it is called in a message."""
     found: dict[str, Any] = {"class": type(tokenizer).__name__}
     found["vocabulary size"] = outcome(len, tokenizer)
-    found["vocabulary"] = outcome(tokenizer.get_vocab)
+    found["vocabulary"] = outcome(lambda: tokenizer.get_vocab())
     for name in ("special_tokens_map", "all_special_tokens", "all_special_ids", "added_tokens_decoder"):
         found[name.replace("_", " ")] = repr(outcome(getattr, tokenizer, name))
     texts = samples(tokenizer)
@@ -214,7 +218,7 @@ def samples(tokenizer: Any) -> list[str]:
     chance = random.Random(0)
     for low, high in RANGES:
         texts += ["".join(chr(chance.randrange(low, high)) for _ in range(length)) for length in (1, 2, 5, 20)]
-    for token in dict.fromkeys([*tokenizer.all_special_tokens, *list(outcome(tokenizer.get_added_vocab))[:SPECIALS]]):
+    for token in [*outcome(lambda: tokenizer.all_special_tokens), *list(outcome(lambda: tokenizer.get_added_vocab()))[:SPECIALS]]:
         texts += [token, f"a{token}b", f" {token} ", token * 2]
     return list(dict.fromkeys(texts))
 
