@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
 REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
+GENERATION = "generation_config.json"
 # What goes with a checkpoint beside weights and configuration: files, and whole folders.
 CARRIED = [
+    GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -38,9 +40,9 @@ CARRIED = [
     "*.model",
     "*.tiktoken",
     "tekken.json",
+    "*.jinja",
+    *LICENCES,
 ]
-GENERATION = "generation_config.json"
-CARRIED += ["*.jinja", GENERATION, *LICENCES]
 CARRIED_FOLDERS = ["additional_chat_templates", "LICENSES"]
 
 
