@@ -169,10 +169,13 @@ def change_json(file, change):
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
 DIFFERENCES = {
-    "class": (lambda folder: settings(folder, tokenizer_class="Qwen2Tokenizer"), "class is Qwen2Tokenizer, not TokenizersBackend"),
+    "class": (
+        lambda folder: settings(folder, tokenizer_class="Qwen2Tokenizer"),
+        "class is 'Qwen2Tokenizer', not 'TokenizersBackend'",
+    ),
     "special token": (lambda folder: settings(folder, eos_token="<|pad|>"), "special tokens map"),
     "added token": (lambda folder: settings(folder, extra_special_tokens=["<|new|>"]), "vocabulary size is 4097, not 4096"),
-    "vocabulary": (change_json("tokenizer.json", lambda data: swap(data["model"]["vocab"], "a", "b")), "vocabulary is"),
+    "vocabulary": (change_json("tokenizer.json", lambda data: swap(data["model"]["vocab"], "a", "b")), "vocabulary is {"),
     "splitting": (
         change_json("tokenizer.json", lambda data: data.update(pre_tokenizer=DIGITS)),
         "ids with special",

@@ -155,13 +155,24 @@ def difference(tokenizer: Any, original: Any) -> str | None:
     here, there = behaviour(tokenizer), behaviour(original)
     for what in {**here, **there}:
         if here.get(what) != there.get(what):
-            return f"{shortened(what)} is {shortened(here.get(what))}, not {shortened(there.get(what))}"
+            first, second = (shortened(repr(each)) for each in apart(here.get(what), there.get(what)))
+            return f"{shortened(what)} is {first}, not {second}"
     return None
 
 
-def shortened(value: Any) -> str:
-    """A value in a message."""
-    text = value if isinstance(value, str) else repr(value)
+def apart(first: Any, second: Any) -> tuple[Any, Any]:
+    """Two values for a message: of long ones only what is not the same in both."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        return dict(first.items() - second.items()), dict(second.items() - first.items())
+    if isinstance(first, str | list) and type(first) is type(second) and len(repr(first) + repr(second)) > 120:
+        pairs = enumerate(zip(first, second, strict=False))
+        start = next((index for index, (here, there) in pairs if here != there), min(len(first), len(second)))
+        return first[start:], second[start:]
+    return first, second
+
+
+def shortened(text: str) -> str:
+    """Text for a message."""
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -171,7 +182,8 @@ def behaviour(tokenizer: Any) -> dict[str, Any]:
     found["vocabulary size"] = outcome(len, tokenizer)
     found["vocabulary"] = outcome(lambda: tokenizer.get_vocab())
     for name in ("special_tokens_map", "all_special_tokens", "all_special_ids", "added_tokens_decoder"):
-        found[name.replace("_", " ")] = repr(outcome(getattr, tokenizer, name))
+        value = outcome(getattr, tokenizer, name)
+        found[name.replace("_", " ")] = {key: repr(each) for key, each in value.items()} if isinstance(value, dict) else value
     texts = samples(tokenizer)
     for special in (True, False):
         ids = outcomes(partial(encode, tokenizer, special), texts)
