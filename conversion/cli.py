@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--config", metavar="FILE.yaml", help="options from a file, one `name: value` a line; flags win")
     convert.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted conversion has done")
     convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
+    add_trust(convert)
     convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
 
     verify = command("verify", run_verify, "measure a converted model against its source")
@@ -111,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
     add_device(verify)
     add_revision(verify)
+    add_trust(verify)
 
     heal = command("heal", run_heal, "train a converted model to predict what its source predicts")
     heal.add_argument("out", metavar="OUT", help="converted checkpoint")
@@ -128,6 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add_revision(heal)
     heal.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted healing has done")
     heal.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
+    add_trust(heal)
     heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
     bench = command("bench", run_bench, "time decoding with a converted model and with its source")
@@ -173,6 +176,11 @@ def add_dtype(sub: argparse.ArgumentParser) -> None:
 def add_revision(sub: argparse.ArgumentParser) -> None:
     """Which version of a Hub checkpoint."""
     sub.add_argument("--revision", metavar="R", help="branch, tag or commit of a Hub id")
+
+
+def add_trust(sub: argparse.ArgumentParser) -> None:
+    """Whether code of others may run."""
+    sub.add_argument("--trust-remote-code", action="store_true", default=None, help="run code that the tokenizer comes with")
 
 
 def quiet_libraries(verbose: bool) -> None:

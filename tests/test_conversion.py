@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands import convert as converter_module
@@ -100,7 +100,8 @@ def test_reconstruction_keeps_the_model(converted):
 def test_own_measure_is_that_of_the_whole_models(converted):
     """`convert` compares the two models a layer at a time, on calibration text that it held back."""
     folder, report = converted
-    windows = calibration_windows(open_checkpoint(MODEL), None, 16384, 1024, seed=0)[-2:]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    windows = calibration_windows(open_checkpoint(MODEL), tokenizer, None, 16384, 1024, seed=0)[-2:]
     assert report.held_back_tokens == windows.numel()
     total = Comparison()
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, folder)]

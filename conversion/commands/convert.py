@@ -33,12 +33,13 @@ from ..mathematics.scales import SCALES
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, with_sides
-from ..output.writing import check_repository, upload, write_checkpoint
+from ..output.writing import check_carried, check_repository, upload, write_checkpoint
 from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
 from ..source.families import refusal
-from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
+from ..source.loading import choose_device, compute_dtype, launched_processes
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
+from ..source.tokenizer import check_vocabulary, load_tokenizer
 from .plan import check_memory, make_plan, possible_sizes
 
 
@@ -69,6 +70,7 @@ def convert(
     restart: bool = False,
     overwrite: bool = False,
     push_to: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ConvertReport:
     """Convert a GQA or MHA checkpoint to MLA. When it was interrupted or killed, the same call goes on where it stopped.
 
@@ -92,6 +94,7 @@ def convert(
         restart: forget what an interrupted conversion to the same folder has done.
         overwrite: replace the output folder.
         push_to: a Hub repository to upload the result to.
+        trust_remote_code: run the code that the source's tokenizer comes with, if it does.
 
     Returns:
         What was done, and the error of each layer.
@@ -115,7 +118,10 @@ def convert(
     run_device = choose_device(device)
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
     window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
-    windows = calibration_windows(checkpoint, calibration, tokens, window, seed)
+    tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
+    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+    check_carried(checkpoint, mla_config(checkpoint.config, *sizes[0], stored, qk_norm), tokenizer)
+    windows = calibration_windows(checkpoint, tokenizer, calibration, tokens, window, seed)
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
@@ -140,7 +146,6 @@ def convert(
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)
         rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
-        stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
         config = job.config(rank, rope_dim, stored)
         job.convert_layers(config, processes)
         processes.wait_for_everyone()
@@ -158,7 +163,7 @@ def convert(
             output=str(path),
         )
         if processes.is_main_process:
-            write_checkpoint(folder, checkpoint, config, report, recipe, spectra)
+            write_checkpoint(folder, checkpoint, config, report, recipe, spectra, tokenizer)
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
@@ -384,13 +389,14 @@ class Job:
         return {"held_back_tokens": windows.numel(), **with_sides(total.result())}
 
 
-def calibration_windows(checkpoint: Checkpoint, calibration: str | None, tokens: int, window: int, seed: int) -> Tensor:
+def calibration_windows(
+    checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int
+) -> Tensor:
     """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
     if tokens < 4:
         raise UserError(f"--calibration-tokens is {tokens}; at least 4 are needed, 131072 and more are usual")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.name)
     text = read_text(calibration, tokens, spread=4)
     windows = token_windows(text, tokenizer, tokens, window, seed)
     if len(windows) == 1:

@@ -11,8 +11,9 @@ from hf_mla import cache_bytes, cache_of
 
 from ..output.reports import DemoReport, Generation
 from ..source.checkpoint import open_checkpoint
-from ..source.loading import load_model, load_tokenizer
+from ..source.loading import load_model
 from ..source.text import BUNDLED
+from ..source.tokenizer import load_tokenizer
 from .convert import convert
 from .verify import verify
 

@@ -26,8 +26,9 @@ from ..output.card import add_healing
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import HealReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
-from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_model, load_tokenizer
+from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
 from ..source.text import read_text, token_windows
+from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 from .verify import check_pair, compare
 
 
@@ -58,6 +59,7 @@ def heal(
     restart: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    trust_remote_code: bool = False,
 ) -> HealReport:
     """Distil the original model into its conversion. When it was interrupted or killed, the same call goes on where it stopped.
 
@@ -80,6 +82,7 @@ def heal(
         restart: forget what an interrupted healing to the same folder has done.
         overwrite: replace the output folder.
         dry_run: only say what it would take.
+        trust_remote_code: run the code that the tokenizers come with, if they do.
 
     Returns:
         What was done, and how close the result is.
@@ -118,7 +121,8 @@ def heal(
         path = check_output(dest, folder, size, overwrite=overwrite)
     if dry_run:
         return plan
-    tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher)
+    tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
+    check_same_tokenizer(student_checkpoint.folder, out, tokenizer, teacher, trust_remote_code)
     most = (steps * step_tokens // window + HELD_BACK) * window
     windows = token_windows(read_text(text, most), tokenizer, most, window, seed)
     check_vocabulary(windows, student_checkpoint)
@@ -189,6 +193,7 @@ def heal(
         report = plan
         if processes.is_main_process:
             output = write_healed(student_checkpoint, folder, recipe)
+            check_same_tokenizer(output, dest, tokenizer, teacher, trust_remote_code)
             healed = load_model(open_checkpoint(str(output)), run_device, compute_dtype(student_checkpoint, run_device))
             state = TrainerState.load_from_json(str(trained))
             report = replace(

@@ -15,8 +15,9 @@ from ..mathematics.measures import Comparison
 from ..output.reports import HEALING_RATIO, ContextReport, PerSide, VerifyReport, with_sides
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import refusal, source_head_dim
-from ..source.loading import check_vocabulary, choose_device, load_model, load_tokenizer
+from ..source.loading import choose_device, load_model
 from ..source.text import read_text, token_windows
+from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def verify(
     max_ratio: float | None = None,
     device: str = "auto",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> VerifyReport:
     """Compare a converted model with its source on held-out text.
 
@@ -48,12 +50,13 @@ def verify(
         max_ratio: the highest perplexity ratio that passes, at any length; None passes any.
         device: "auto", "cpu", "cuda" or "cuda:N".
         revision: branch, tag or commit of the source, if it is a Hub id.
+        trust_remote_code: run the code that the tokenizers come with, if they do.
 
     Returns:
         What was measured.
 
     Raises:
-        UserError: a checkpoint or the text cannot be used.
+        UserError: a checkpoint or the text cannot be used, or the tokenizers differ.
     """
     if max_ratio is not None and not max_ratio > 0:
         raise UserError(f"--max-ratio is {max_ratio}; it must be positive (1.05 allows 5 % more perplexity)")
@@ -61,7 +64,8 @@ def verify(
         raise UserError(f"--tokens is {tokens}; at least 2 are needed, 98304 are usual")
     converted_checkpoint, source_checkpoint = open_checkpoint(out), open_checkpoint(against, revision)
     check_pair(converted_checkpoint, source_checkpoint)
-    tokenizer = load_tokenizer(source_checkpoint.folder, against)
+    tokenizer = load_tokenizer(source_checkpoint.folder, against, trust_remote_code)
+    check_same_tokenizer(converted_checkpoint.folder, out, tokenizer, against, trust_remote_code)
     ids = token_windows(read_text(text, tokens), tokenizer, tokens, tokens)[0]
     check_vocabulary(ids, source_checkpoint)
     contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings)

@@ -47,7 +47,8 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
     """
     family = FAMILIES[source.model_type]
     fields = source.to_dict()
-    for key in ("model_type", "head_dim", "num_key_value_heads", "auto_map", "transformers_version"):
+    dropped = ("model_type", "head_dim", "num_key_value_heads", "auto_map", "transformers_version")
+    for key in (*dropped, "cache_implementation", "cache_config"):  # the last are for `generate`, as others the library drops
         fields.pop(key, None)
     fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": dtype}
     fields["attention_bias"] = bool(biased_projections(source))

@@ -4,7 +4,9 @@
 import re
 from typing import Any
 
+from ..errors import UserError
 from ..source.checkpoint import Checkpoint
+from ..source.tokenizer import custom_code
 from .reports import HEALING_RATIO, ConvertReport, HealReport
 
 
@@ -26,7 +28,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 
-With `hf_mla` installed and imported, `trust_remote_code` is not needed.
+With `hf_mla` installed and imported, `trust_remote_code` is not needed{but}.
 
 ## How it was made
 
@@ -53,14 +55,11 @@ What the source's licence and card say holds for it too.
 
 def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: dict) -> str:
     """Compose the card of a converted checkpoint; the licence is carried over from the source's card."""
-    assert report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
+    assert source.folder is not None and report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mla, hf_mla]"]
-    if source.folder is not None and not source.name.startswith((".", "/", "~")):
+    if not source.name.startswith((".", "/", "~")):
         metadata.append(f"base_model: {source.name}")
-    if source.folder is not None and (source.folder / "README.md").is_file():
-        text = (source.folder / "README.md").read_text(encoding="utf-8", errors="replace")
-        front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-        metadata += [line for line in (front[1] if front else "").splitlines() if re.match(r"license\w*:", line)]
+    metadata += licence(source)
     errors = [layer.error for layer in report.layers]
     assert report.perplexity is not None and report.perplexity_ratio is not None and report.kv_bytes_per_token is not None
     steps = f"each layer was then fitted to the original's attention output in {report.steps:,} steps"
@@ -74,6 +73,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         saved=1 - report.kv_ratio,
         rank=config.kv_lora_rank,
         rope=config.qk_rope_head_dim,
+        but=" for the model; the tokenizer comes with code of its own" if custom_code(source.folder, source.name) else "",
         load=report.output.rstrip("/").rsplit("/", 1)[-1],
         tokens=report.calibration_tokens,
         calibration=recipe["calibration"],
@@ -92,6 +92,19 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         least=min(errors),
         most=max(errors),
     )
+
+
+def licence(source: Checkpoint) -> list[str]:
+    """What a source's card says of the licence: lines of its metadata; a UserError if it is there and cannot be read."""
+    assert source.folder is not None
+    if not (source.folder / "README.md").is_file():
+        return []
+    try:
+        text = (source.folder / "README.md").read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{source.name}/README.md cannot be read: {error.strerror}; it says what the licence is") from None
+    front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    return [line for line in (front[1] if front else "").splitlines() if re.match(r"license\w*:", line)]
 
 
 HEALING = """## Healing

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put a converted checkpoint together, and upload it."""
 
+import json
+import logging
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,34 +13,66 @@ import torch
 from torch import Tensor
 
 import hf_mla
+from hf_mla.cache_mla import quantization_of
 
 from ..errors import UserError, brief
-from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
+from ..source.checkpoint import DTYPES, LICENCES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
 from ..source.families import FAMILIES
-from .card import model_card
+from ..source.tokenizer import CONFIG, custom_code, difference, load_tokenizer, read_settings
+from .card import licence, model_card
 from .progress import layer_file, write_json
 from .reports import ConvertReport
 
 
+logger = logging.getLogger(__name__)
+
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
 REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
+GENERATION = "generation_config.json"
+# What goes with a checkpoint beside weights and configuration: files, and whole folders.
 CARRIED = [
-    "generation_config.json",
+    GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
+    *LICENCES,
 ]
+CARRIED_FOLDERS = ["additional_chat_templates", "LICENSES"]
+
+
+def check_carried(source: Checkpoint, config: Any, tokenizer: Any) -> None:
+    """Carry what goes with a checkpoint to a scratch folder, so that what is in the way there is known before any work.
+
+    Args:
+        source: the source.
+        config: of the converted model.
+        tokenizer: the source's.
+
+    Raises:
+        UserError: as for `carry`.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "output"  # the library keeps copies of code by this name
+            folder.mkdir()
+            config.save_pretrained(folder)
+            carry(source, folder, tokenizer)
+    except OSError as error:
+        raise UserError(f"cannot write to {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to a folder") from None
+    licence(source)
+    refused = unservable(generation_settings(source))
+    if refused:
+        logger.warning("%s asks `generate` for a cache that latents have no form of: %s is left out", source.name, refused)
 
 
 def write_checkpoint(
-    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
+    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]], tokenizer: Any
 ) -> None:
     """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
     assert source.folder is not None
@@ -66,15 +101,122 @@ def write_checkpoint(
         return source.load([name], "cpu", wanted)[name]
 
     ShardWriter(folder, tensors).write(read)
-    for pattern in CARRIED:
-        for carried in source.folder.glob(pattern):
-            shutil.copy(carried, folder / carried.name)
     package = Path(hf_mla.__file__).parent
     for file_name in REMOTE_FILES:
         shutil.copy(package / file_name, folder / file_name)
     config.save_pretrained(folder)
+    carry(source, folder, tokenizer)
     write_json({"recipe": recipe, "report": asdict(report), "spectra": spectra}, folder / RECORD)
     (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
+
+
+def carry(source: Checkpoint, folder: Path, tokenizer: Any) -> None:
+    """Give a folder that has its config.json what goes with the source: tokenizer, settings of `generate`, licences.
+
+    Args:
+        source: the source.
+        folder: where to.
+        tokenizer: the source's; that of the folder will be the same.
+
+    Raises:
+        UserError: a file cannot be read, or has the name of another, or the tokenizer would not be the same.
+    """
+    for name in carried(source, tokenizer):
+        target = folder / name
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(read_carried(source, name))
+    settings = generation_settings(source)
+    refused = unservable(settings)
+    if refused or (settings and not (folder / GENERATION).exists()):
+        write_json({key: value for key, value in settings.items() if key not in refused}, folder / GENERATION)
+    keep_tokenizer(source.name, folder, tokenizer)
+
+
+def carried(source: Checkpoint, tokenizer: Any) -> list[str]:
+    """What is copied from a source as it is: names of files, relative to its folder."""
+    assert source.folder is not None
+    names = [name for name in getattr(tokenizer, "vocab_files_names", {}).values() if name]  # those of custom code, too
+    names += [path.name for pattern in CARRIED for path in source.folder.glob(pattern)]
+    names += [file.relative_to(source.folder).as_posix() for name in CARRIED_FOLDERS for file in (source.folder / name).glob("*")]
+    code = [name for name in custom_code(source.folder, source.name) if "--" not in name]
+    for name in code:
+        if name in REMOTE_FILES:
+            raise UserError(
+                f"{source.name} has code of its tokenizer in {name}, where the output has the model's; rename it, also in {CONFIG}"
+            )
+    # A link that leads nowhere is not left out in silence.
+    paths = {name: source.folder / name for name in [*names, *code]}
+    return sorted(name for name, path in paths.items() if path.is_file() or (path.is_symlink() and not path.exists()))
+
+
+def read_carried(source: Checkpoint, name: str) -> bytes:
+    """A file of a source, or a UserError."""
+    assert source.folder is not None
+    try:
+        return (source.folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{source.name}/{name} cannot be read: {error.strerror}; the output needs a copy of it") from None
+
+
+def keep_tokenizer(name: str, folder: Path, tokenizer: Any) -> None:
+    """See to it that `AutoTokenizer` gives the source's tokenizer for a folder that its files have been copied to.
+
+    Args:
+        name: of the source.
+        folder: of the converted model.
+        tokenizer: the source's.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+
+    def name_class() -> None:  # that the library has chosen by the model type, which is another in the folder
+        write_json(read_settings(folder, name) | {"tokenizer_class": type(tokenizer).__name__}, folder / CONFIG)
+
+    changes = []
+    for mend in (lambda: None, name_class, lambda: tokenizer.save_pretrained(folder)):
+        try:
+            mend()
+            # Its code, if it has any, is the source's, which was allowed to run.
+            change = difference(load_tokenizer(folder, str(folder), trust_remote_code=True), tokenizer)
+        except OSError:
+            raise
+        except Exception as error:  # any type: there is no usable tokenizer, or it cannot be saved
+            change = brief(error)
+        if change is None:
+            return
+        changes.append(change)
+    raise UserError(
+        f"the output's tokenizer would not be that of {name}: {changes[0]}; give {name} one that `save_pretrained` wrote"
+    )
+
+
+def generation_settings(source: Checkpoint) -> dict[str, Any]:
+    """What a source tells `generate`, as it is stored; empty if it says nothing or cannot be read."""
+    from transformers import GenerationConfig
+
+    assert source.folder is not None
+    if (source.folder / GENERATION).exists():
+        try:
+            settings = json.loads(read_carried(source, GENERATION))
+        except ValueError:  # the library passes over such a file as well
+            return {}
+        return settings if isinstance(settings, dict) else {}
+    # Where there is none, the library takes what config.json has of it, which is not kept there any more.
+    stored = GenerationConfig.from_pretrained(source.folder, "config.json").to_diff_dict()
+    settings = {key: value for key, value in stored.items() if key in GenerationConfig().to_dict()}
+    told = [key for key in settings if not key.endswith("_token_id") and key not in ("use_cache", "transformers_version")]
+    return settings if told else {}
+
+
+def unservable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Those settings of `generate` that make every call of a converted model fail."""
+    try:
+        if settings.get("cache_implementation") == "quantized":
+            quantization_of(settings.get("cache_config"))
+    except ValueError:
+        return {key: settings[key] for key in ("cache_implementation", "cache_config") if key in settings}
+    return {}
 
 
 def check_repository(repository: str) -> None:

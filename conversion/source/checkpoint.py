@@ -27,8 +27,10 @@ INDEX = "model.safetensors.index.json"
 RECORD = "conversion.json"  # how a converted checkpoint was made
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
+LICENCES = ["LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", "Notice*", "USE_POLICY*"]
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md"]
+HUB_PATTERNS += LICENCES
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 

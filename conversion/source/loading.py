@@ -1,22 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole models, tokenizers, devices and processes, each there as asked for or refused in one line."""
+"""Whole models, devices and processes, each there as asked for or refused in one line."""
 
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import UserError, brief
 from .checkpoint import Checkpoint
-
-
-def check_vocabulary(windows: Tensor, checkpoint: Checkpoint) -> None:
-    """Raise a UserError if the tokenizer knows more tokens than the model."""
-    highest, known = int(windows.max()), checkpoint.config.vocab_size
-    if highest >= known:
-        raise UserError(f"the tokenizer of {checkpoint.name} gives token {highest}, the model knows {known}; it is another model's")
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
@@ -50,16 +41,6 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
         if names:
             raise UserError(f"{checkpoint.name} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
     return (model if device_map else model.to(device)).eval()
-
-
-def load_tokenizer(folder: Path | None, name: str) -> Any:
-    """The tokenizer of a checkpoint, or a UserError."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # many types for many damages; all of them mean that there is no usable tokenizer
-        raise UserError(f"{name} has no usable tokenizer ({brief(error)}); copy tokenizer files there") from None
 
 
 def choose_device(device: str) -> torch.device:

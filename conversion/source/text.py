@@ -3,6 +3,7 @@
 
 import logging
 import lzma
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,24 @@ logger = logging.getLogger(__name__)
 
 BUNDLED = Path(__file__).parent.parent / "bundled"
 CHARACTERS_PER_TOKEN = 16  # no tokenizer of natural text packs more on average; bounds how much text is read
+# Text in a form of its own, or none: read as it is, its braces, commas and bytes would be learnt.
+DATA: tuple[str, ...] = (
+    "json",
+    "jsonl",
+    "ndjson",
+    "jsonlines",
+    "csv",
+    "tsv",
+    "parquet",
+    "arrow",
+    "feather",
+    "pkl",
+    "npy",
+    "bin",
+    "db",
+    "sqlite",
+)
+DATA += ("pdf", "epub", "doc", "docx", "odt", "rtf", "gz", "tgz", "bz2", "zst", "lz4", "7z", "zip", "tar", "rar")
 SPREAD = 4  # calibration windows are drawn from this many times the text that they take up
 
 
@@ -33,22 +52,29 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
         The text from its start.
 
     Raises:
-        UserError: there is no such file or data set, it is not UTF-8 text, or it is empty.
+        UserError: there is no such file or data set, it is not plain UTF-8 text, or it is empty.
     """
     path = BUNDLED / "calibration.txt.xz" if source is None else user_path(source)
     limit = min(tokens * CHARACTERS_PER_TOKEN * spread, 1 << 31)
-    if path.is_dir():
-        raise UserError(f"{source} is a folder; give a text file, or the name of a data set")
+    form = Path(path.name.lower().removesuffix(".xz")).suffix[1:]
+    if path.exists() and not path.is_file():
+        raise UserError(
+            f"{source} is a {'folder' if path.is_dir() else 'pipe or device'}; give a text file, or the name of a data set"
+        )
     if path.is_file():
+        if form in DATA:
+            raise UserError(f"{source} is not plain text (.{form}); write the text that is in it to a .txt or .txt.xz file")
         try:
             opener = lzma.open if path.suffix == ".xz" else open
-            with opener(path, "rt", encoding="utf-8") as file:
+            with opener(path, "rt", encoding="utf-8-sig") as file:  # without the mark that some editors put first
                 text = file.read(limit)
         except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
             raise UserError(f"{source} is not UTF-8 text or a whole .xz of it ({error})") from None
         except OSError as error:
             raise UserError(f"{source} cannot be read: {error.strerror}") from None
-    elif path.suffix in (".txt", ".xz") or (source or "").startswith((".", "/", "~")):
+        if "\0" in text[:8000]:  # UTF-16 would pass for UTF-8
+            raise UserError(f"{source} is not UTF-8 text (it has zero bytes); write it again as UTF-8")
+    elif form in ("txt", *DATA) or path.suffix == ".xz" or (source or "").startswith((".", "/", "~")):
         raise UserError(f"there is no text file {source}")
     else:
         text = read_dataset(str(source), limit)
@@ -59,6 +85,7 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
 
 def read_dataset(name: str, limit: int) -> str:
     """Read up to `limit` characters of the "text" column of a data set's training split."""
+    os.environ.setdefault("HF_DATASETS_TRUST_REMOTE_CODE", "0")  # datasets 3 would ask on stdin
     try:
         from datasets import load_dataset
     except ImportError:
@@ -71,8 +98,10 @@ def read_dataset(name: str, limit: int) -> str:
         for row in rows:
             if "text" not in row:
                 raise UserError(f'data set {name} has the columns {", ".join(row)}; one named "text" is needed')
-            parts.append(row["text"])
-            size += len(row["text"]) + 2
+            if not isinstance(row["text"], str | None):
+                raise UserError(f'data set {name} has no strings in the column "text" but {type(row["text"]).__name__}')
+            parts.append(row["text"] or "")
+            size += len(parts[-1]) + 2
             if size >= limit:
                 break
     except (OSError, ValueError) as error:
