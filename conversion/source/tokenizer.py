@@ -9,6 +9,7 @@
 """
 
 import json
+import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,8 @@ from .checkpoint import Checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
+
+logger = logging.getLogger(__name__)
 
 CONFIG = "tokenizer_config.json"
 # What it takes to read a vocabulary that is no tokenizer.json, the first of these that is there: modules, and what pip calls them.
@@ -133,7 +136,10 @@ def check_vocabulary(windows: "Tensor", checkpoint: Checkpoint) -> None:
 
 
 def check_same_tokenizer(folder: Path | None, name: str, tokenizer: Any, source: str, trust_remote_code: bool) -> None:
-    """Raise a UserError that says what the tokenizer of a converted model does otherwise than its source's, if it does.
+    """Say what the tokenizer of a converted model does otherwise than its source's, if it does.
+
+    A fine-tuned model may have a token for padding, or a chat template: that is for the user to know. Other tokens for the same
+    text are refused.
 
     Args:
         folder: of the converted model.
@@ -143,11 +149,16 @@ def check_same_tokenizer(folder: Path | None, name: str, tokenizer: Any, source:
         trust_remote_code: as for `load_tokenizer`.
 
     Raises:
-        UserError: there is a difference, or no tokenizer.
+        UserError: ordinary text becomes other tokens, or there is no tokenizer.
     """
-    changed = difference(load_tokenizer(folder, name, trust_remote_code), tokenizer)
-    if changed is not None:
+    own = load_tokenizer(folder, name, trust_remote_code)
+    changed = difference(own, tokenizer)
+    if changed is None:
+        return
+    ordinary = list(TEXTS[:-1])  # the last has what may be special
+    if outcome(encode, own, False, ordinary) != outcome(encode, tokenizer, False, ordinary):
         raise UserError(f"the tokenizer of {name} is not that of {source}: {changed}; convert {source} again, or mend it there")
+    logger.warning("the tokenizer of %s is not quite that of %s: %s", name, source, changed)
 
 
 def difference(tokenizer: Any, original: Any) -> str | None:
