@@ -107,7 +107,7 @@ def test_convert_verify_info(capsys, tmp_path):
     assert (code, result["model_type"], result["converted"], result["kv_floats_per_token_per_layer"]) == (0, "llama_mla", True, 96)
     code, out, _ = run(capsys, "info", MODEL, "--json")
     assert (code, json.loads(out)["supported"]) == (0, True)
-    assert json.loads(run(capsys, "env", "--json")[1])["torch"] == torch.__version__
+    assert torch.__version__.startswith(json.loads(run(capsys, "env", "--json")[1])["torch"])  # some add "+cu130"
 
 
 def test_perplexity_is_transformers_own(converted):
@@ -217,7 +217,11 @@ def test_interrupted(capsys, monkeypatch, command, what):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"hf_mla_conversion.cli.run_{command}", interrupt)
-    words = ["-v", command, *{"convert": ["heal", "convert"], "heal": ["o", "d", "--teacher=t", "--text=x"], "info": ["heal"]}[command]]
+    words = [
+        "-v",
+        command,
+        *{"convert": ["heal", "convert"], "heal": ["o", "d", "--teacher=t", "--text=x"], "info": ["heal"]}[command],
+    ]
     assert run(capsys, *words) == (130, "", [f"hf-mla: interrupted; to {what}: hf-mla {' '.join(words)}"])
 
 
