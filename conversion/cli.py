@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
@@ -34,9 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"hf-mla: {error}", file=sys.stderr)
             return 2
         # Through the parser as well, so that a file is checked like flags; what comes later wins.
-        options = vars(parser().parse_args(["convert", *from_file, *arguments[arguments.index("convert") + 1 :]]))
+        after = arguments.index(options["command"]) + 1
+        options = vars(parser().parse_args([*arguments[:after], *from_file, *arguments[after:]]))
     options.pop("config", None)
-    run, verbose, as_json = options.pop("run"), options.pop("verbose"), options.pop("json", False)
+    command, run = options.pop("command"), options.pop("run")
+    verbose, as_json = options.pop("verbose"), options.pop("json", False)
     quiet_libraries(verbose)
     try:
         return run(options, as_json)
@@ -46,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-mla: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        what = "go on" if arguments[:1] in (["convert"], ["heal"]) else "start again"
+        what = "go on" if command in ("convert", "heal") else "start again"
         words = [word for word in arguments if word != "--restart"]
         print(f"hf-mla: interrupted; to {what}: {shlex.join(['hf-mla', *words])}", file=sys.stderr)
         return 130
@@ -68,12 +71,14 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser; every option but `--config` is a keyword of the function that its command calls."""
     top = Parser(prog="hf-mla", description="Give a Transformers model a small KV cache: Multi-head Latent Attention.")
     top.add_argument("--version", action="version", version=version("hf-mla"))
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
+    verbosity: dict[str, Any] = {"action": "store_true", "help": "library logs, and tracebacks of errors"}
+    top.add_argument("-v", "--verbose", **verbosity)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable, text: str, *, json_output: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         sub.set_defaults(run=run)
-        sub.add_argument("-v", "--verbose", action="store_true", help="library logs, and tracebacks of errors")
+        sub.add_argument("-v", "--verbose", default=argparse.SUPPRESS, **verbosity)  # or it would undo one before the command
         if json_output:
             sub.add_argument("--json", action="store_true", help="print one JSON object")
         return sub
@@ -190,6 +195,8 @@ def quiet_libraries(verbose: bool) -> None:
     handler.addFilter(lambda record: verbose or record.name.startswith("hf_mla") or record.levelno >= logging.ERROR)
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler])
     if not verbose:
+        warnings.simplefilter("ignore", append=True)  # after what the user has asked for with -W
+        os.environ.setdefault("TORCH_LOGS", "-all")  # errors alone; read when torch is imported
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -9,6 +9,7 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ class MLARMSNorm(nn.Module):
     """RMSNorm that multiplies by its weight before it rounds to the input's type.
 
     Rounding last keeps float64 exact, and lets float16 pass through the identity norm of a closed-form conversion (epsilon
-    2**40, weight 2**20), whose intermediate values lie below float16's range.
+    2**40, weight 2**20), whose intermediate values lie below float16's range. The weight itself lies above it: where the model is
+    cast to float16, it becomes float32, as `_keep_in_fp32_modules` has it where the model is loaded in float16.
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -54,6 +56,15 @@ class MLARMSNorm(nn.Module):
         """Normalise the last dimension of [..., hidden_size]."""
         normed = hidden_states * inverse_rms(hidden_states, self.variance_epsilon)
         return (self.weight * normed).to(hidden_states.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "MLARMSNorm":
+        """All of `half`, `to` and `cuda` comes through here."""
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            applied = fn(tensor)
+            return applied if applied.dtype != torch.float16 else tensor.to(applied.device, torch.float32)
+
+        return super()._apply(apply, recurse)
 
     def extra_repr(self) -> str:
         """Shape and epsilon, for `print(model)`."""

@@ -98,6 +98,12 @@ def make_mla(family="Llama", **changes):
     return model
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Random numbers are a test's own, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def mla():
     return make_mla()
@@ -109,3 +115,11 @@ def converted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundled") / "mla"
     report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=16384, steps=20, device="cpu")
     return str(folder), report
+
+
+@pytest.fixture(scope="session")
+def closed_form(tmp_path_factory):
+    """The bundled model in closed form; a folder."""
+    folder = str(tmp_path_factory.mktemp("closed_form") / "mla")
+    convert(MODEL, folder, kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=16384, steps=0, device="cpu")
+    return folder

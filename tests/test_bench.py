@@ -24,12 +24,9 @@ QUICK = {"against": MODEL, "device": "cpu", "new_tokens": 1}
 LEAST = bencher.WARM_UP_STEPS + bencher.REPEATS + 2  # the shortest context at one new token
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """The bundled model in closed form."""
-    folder = str(tmp_path_factory.mktemp("bench") / "mla")
-    convert(MODEL, folder, kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=2048, steps=0, device="cpu")
-    return folder
+@pytest.fixture
+def out(closed_form):
+    return closed_form
 
 
 def run(capsys, *words):

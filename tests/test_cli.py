@@ -107,7 +107,7 @@ def test_convert_verify_info(capsys, tmp_path):
     assert (code, result["model_type"], result["converted"], result["kv_floats_per_token_per_layer"]) == (0, "llama_mla", True, 96)
     code, out, _ = run(capsys, "info", MODEL, "--json")
     assert (code, json.loads(out)["supported"]) == (0, True)
-    assert json.loads(run(capsys, "env", "--json")[1])["torch"] == torch.__version__
+    assert torch.__version__.startswith(json.loads(run(capsys, "env", "--json")[1])["torch"])  # some add "+cu130"
 
 
 def test_perplexity_is_transformers_own(converted):
@@ -123,13 +123,9 @@ def test_perplexity_is_transformers_own(converted):
             assert math.isclose(math.exp(model(ids, labels=ids).loss), measured, rel_tol=1e-4)
 
 
-def test_quality_of_the_bundled_model():
+def test_quality_of_the_bundled_model(closed_form):
     """The closed form at 68.75 % less cache. Measured 1.42; a regression of the mathematics shows here first."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as scratch:
-        convert(MODEL, f"{scratch}/out", kv_lora_rank=44, qk_rope_head_dim=16, steps=0, device="cpu", calibration_tokens=16384)
-        ratio = verify(f"{scratch}/out", against=MODEL, text=VALIDATION, tokens=8192, device="cpu").perplexity_ratio
+    ratio = verify(closed_form, against=MODEL, text=VALIDATION, tokens=8192, device="cpu").perplexity_ratio
     assert ratio < 1.5, ratio
 
 
@@ -209,9 +205,35 @@ def test_hub_id_from_the_local_cache(tmp_path, monkeypatch, capsys):
     assert "neither a folder here nor in the local Hub cache" in refuses(capsys, "plan", "org/other")
 
 
-def test_options_from_a_file(tmp_path, capsys):
+@pytest.mark.parametrize("words", [["-v", "plan", "none"], ["plan", "none", "-v"], ["--verbose", "plan", "none", "-v"]])
+def test_verbose_on_either_side_of_the_command(words):
+    with pytest.raises(UserError, match="neither a folder"):
+        main(words)
+
+
+@pytest.mark.parametrize(("command", "what"), [("convert", "go on"), ("heal", "go on"), ("info", "start again")])
+def test_interrupted(capsys, monkeypatch, command, what):
+    def interrupt(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hf_mla_conversion.cli.run_{command}", interrupt)
+    words = [
+        "-v",
+        command,
+        *{"convert": ["heal", "convert"], "heal": ["o", "d", "--teacher=t", "--text=x"], "info": ["heal"]}[command],
+    ]
+    assert run(capsys, *words) == (130, "", [f"hf-mla: interrupted; to {what}: hf-mla {' '.join(words)}"])
+
+
+@pytest.mark.parametrize("words", [[], ["-v"], ["transmute"], ["plan"], ["plan", MODEL, "--kv-bugdet", "0.5"], ["-x", "env"]])
+def test_wrong_words_are_one_line(capsys, words):
+    assert "--help" in refuses(capsys, *words)
+
+
+def test_options_from_a_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "options.yaml").write_text("kv-budget: 0.5\ncalibration_tokens: 1024\ndevice: cpu\n")
-    words = ["convert", MODEL, tmp_path / "out", "--steps", 0, "--config", tmp_path / "options.yaml"]
+    monkeypatch.chdir(tmp_path)
+    words = ["-v", "convert", make_llama(tmp_path / "source"), "convert", "--steps", 0, "--config", tmp_path / "options.yaml"]
     code, out, _ = run(capsys, *words, "--calibration-tokens", 2048, "--json")
     assert code == 0
     assert (json.loads(out)["kv_ratio"], json.loads(out)["calibration_tokens"]) == (0.5, 2048)

@@ -1,5 +1,6 @@
 """A converted checkpoint is self-contained: it loads, generates, saves and loads again where hf_mla cannot be imported."""
 
+import copy
 import json
 import os
 import subprocess
@@ -108,13 +109,19 @@ def test_saved_base_model_loads_again(converted, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @torch.no_grad()
-def test_every_dtype_computes_the_same(converted, dtype):
-    """The identity norm of a closed-form model is safe in float16 too, whose range its weight exceeds."""
+def test_every_dtype_computes_the_same(closed_form, dtype):
+    """The identity norm of a closed-form model is safe in float16 too, whose range its weight exceeds: loaded so or cast."""
     ids = torch.randint(3, 4096, (1, 64))
-    exact = AutoModelForCausalLM.from_pretrained(converted[0], dtype=torch.float32)(ids).logits.softmax(-1)
-    logits = AutoModelForCausalLM.from_pretrained(converted[0], dtype=dtype)(ids).logits.float()
-    assert torch.isfinite(logits).all()
-    assert (logits.softmax(-1) - exact).abs().max() < 0.05
+    model = AutoModelForCausalLM.from_pretrained(closed_form, dtype=torch.float32)
+    assert model.model.layers[0].self_attn.kv_a_layernorm.weight.min() > torch.finfo(torch.float16).max
+    exact = model(ids).logits.softmax(-1)
+    loaded, cast = AutoModelForCausalLM.from_pretrained(closed_form, dtype=dtype), copy.deepcopy(model).to(dtype)
+    for other in (loaded, cast, copy.deepcopy(cast)):
+        assert (other(ids).logits.float().softmax(-1) - exact).abs().max() < 0.05
+    for (name, one), other in zip(loaded.state_dict().items(), cast.state_dict().values(), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other), name
+    back = cast.to(torch.float32).state_dict()
+    assert all(torch.equal(tensor, back[name]) for name, tensor in model.state_dict().items() if "kv_a_layernorm" in name)
 
 
 def test_label_smoothing_shifts_labels():
