@@ -39,6 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     run, verbose, as_json = options.pop("run"), options.pop("verbose"), options.pop("json", False)
     quiet_libraries(verbose)
     try:
+        os.getcwd()
+    except OSError:  # the libraries need one to be imported
+        print("hf-mla: the current folder is no more; change to one that is there", file=sys.stderr)
+        return 2
+    try:
         return run(options, as_json)
     except UserError as error:
         if verbose:

@@ -29,23 +29,23 @@ from ..mathematics.closed_form import convert_attention, mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.moments import LayerMoments, second_moment
 from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
-from ..mathematics.scales import SCALES
+from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
+from ..output.folder import check_output
 from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, with_sides
 from ..output.writing import check_repository, upload, write_checkpoint
-from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
+from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import check_vocabulary, choose_device, compute_dtype, launched_processes, load_tokenizer
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
-from .plan import check_memory, make_plan, possible_sizes
+from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 
 
 logger = logging.getLogger(__name__)
 
 STEPS = 400
-SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 LONG = 1000  # steps; from here on each is twice as large, by measurement
@@ -109,12 +109,14 @@ def convert(
     sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
     planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
     assert planned.bytes_written is not None and checkpoint.folder is not None
-    path = check_output(out, checkpoint.folder, planned.bytes_written, overwrite=overwrite)
-    if push_to is not None:
-        check_repository(push_to)
     run_device = choose_device(device)
+    processes = launched_processes(run_device)
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
     window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
+    if push_to is not None:
+        check_repository(push_to)
     windows = calibration_windows(checkpoint, calibration, tokens, window, seed)
     check_memory(checkpoint, sizes, run_device)
     recipe = {
@@ -132,10 +134,13 @@ def convert(
         "device": run_device.type,
         "versions": versions(),
     }
-    processes = launched_processes(run_device)
     if processes.num_processes > 1:
         run_device = processes.device
-    with repeatable(), work_on(path, recipe, processes, restart=restart, worth="gradient-*") as folder:
+    sources, kept = {"source_sha256": checkpoint}, "gradient-*"
+    with (
+        repeatable(),
+        work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
+    ):
         job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)
