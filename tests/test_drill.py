@@ -6,10 +6,12 @@ folders, and what the same command does with it.
 """
 
 import errno
+import itertools
 import os
 import shutil
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,9 +19,10 @@ import safetensors.torch
 from conftest import make_source
 from safetensors import SafetensorError
 
-from hf_mla_conversion import UserError, convert
+from hf_mla_conversion import UserError
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.output.folder import entries
+from hf_mla_conversion.commands import convert as converter
+from hf_mla_conversion.output.folder import entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 
@@ -27,6 +30,10 @@ from hf_mla_conversion.source.checkpoint import open_checkpoint
 TAKES_ROOM = {"open", "os.mkdir"}
 EVENTS = TAKES_ROOM | {"os.rename", "os.remove", "os.rmdir"}
 SIZES = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration-tokens", "512", "--steps", "0", "--device", "cpu"]
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPE |= {"num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 64}
 
 
 class Killed(BaseException):
@@ -66,8 +73,8 @@ sys.addaudithook(FAULTS)  # cannot be removed
 
 
 @pytest.fixture(autouse=True)
-def safetensors_writes_are_seen(monkeypatch):
-    """Its Rust code writes without an audit event, and has an exception of its own for a full disk."""
+def other_writes_are_seen(monkeypatch):
+    """The Rust code of safetensors writes without an audit event, and has an exception of its own for a full disk."""
     save = safetensors.torch.save_file
 
     def audited(tensors, path, metadata=None):
@@ -78,6 +85,7 @@ def safetensors_writes_are_seen(monkeypatch):
         save(tensors, path, metadata)
 
     monkeypatch.setattr("safetensors.torch.save_file", audited)
+    monkeypatch.setattr("os.fsync", lambda _file: FAULTS("open", (None, None, os.O_WRONLY)))
 
 
 def contents(folder):
@@ -136,3 +144,122 @@ def test_every_moment_of_putting_in_place(tmp_path, monkeypatch, place, kind):
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
         assert {entry.name for entry in path.iterdir()} - {"lost+found", "deep"} == {"config.json", "conversion.json", "new.bin"}
     assert count > 12
+
+
+# The whole command, every so many moments.
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A model of one small layer."""
+    return make_source(tmp_path_factory.mktemp("drill") / "source", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def results(source, tmp_path_factory):
+    """What an undisturbed conversion writes, and one with another seed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for seed in (0, 1):
+        assert main(["convert", source, str(folder / f"{seed}"), *SIZES, "--seed", f"{seed}"]) == 0
+    return folder
+
+
+def line(capsys):
+    """The one line that a command has left on standard error, but for progress bars; empty if there is none."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("hf-mla:", "Traceback"))]
+    assert len(lines) < 2
+    return "".join(lines)
+
+
+EVERY = 37
+
+
+@pytest.mark.parametrize("kind", ["kill", "full"])
+@pytest.mark.parametrize("place", ["absent", "empty", "old"])
+def test_convert_at_any_moment(tmp_path, capsys, source, results, place, kind):
+    path, first = tmp_path / "out", ["absent", "empty", "old"].index(place) * 9
+    command = ["convert", source, str(path), *SIZES, *(["--overwrite"] if place == "old" else [])]
+    new, old = contents(results / "0"), contents(results / "1") if place == "old" else {}
+    assert new != old
+    for count in itertools.count(first, EVERY):
+        shutil.rmtree(path, ignore_errors=True)
+        if place != "absent":
+            shutil.copytree(results / "1", path) if old else path.mkdir()
+        capsys.readouterr()
+        with FAULTS.after(count, kind):
+            try:
+                code = main(command)
+            except Killed:
+                code = None
+        seen, said = FAULTS.seen, line(capsys)
+        if code == 2:
+            assert "No space left on device" in said and contents(path) == old
+            assert ("goes on with it" in said) == bool(list(tmp_path.glob("**/gradient-*")))
+        elif (path / "config.json").exists():
+            open_checkpoint(str(path))
+            assert contents(path) in (old, new)
+        done = contents(path) == new and place != "old"  # only killed while it cleaned up, if at all
+        code = main(command)
+        assert (code, "is not empty" in line(capsys)) == ((2, True) if done else (0, False))
+        assert contents(path) == new and not list(tmp_path.glob("**/.*"))
+        if seen <= count:
+            break
+    assert count > first + 30
+
+
+def test_the_same_command_twice_at_once(tmp_path, capsys, source):
+    for path, folder in ((tmp_path / "new", tmp_path / ".new.incomplete"), (tmp_path / "old", tmp_path / "old" / ".incomplete")):
+        if path.name == "old":
+            path.mkdir()
+        with locked(folder, path):
+            (folder / "work").touch()
+            for seed in "01":
+                for more in ([], ["--restart"], ["--overwrite"]):
+                    assert main(["convert", source, str(path), *SIZES, "--seed", seed, *more]) == 2
+                    assert f"is being written already, by process {os.getpid()} on " in line(capsys)
+            assert [entry.name for entry in folder.iterdir() if entry.name != "lock"] == ["work"]
+        assert main(["convert", source, str(path), *SIZES]) == 0
+        assert not folder.exists()
+
+
+def test_a_source_that_changes_is_noticed(tmp_path, capsys, monkeypatch, source, results):
+    """Whether what is read then is whole, cut, or gone; once it is back, the result is as if it had never been away."""
+    copy = Path(shutil.copytree(source, tmp_path / "source"))
+    whole = (copy / "model.safetensors").read_bytes()
+
+    def other_weights(weights):
+        tensors = safetensors.torch.load_file(weights)
+        safetensors.torch.save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+
+    changes = {
+        "whole": other_weights,
+        "cut": lambda weights: weights.write_bytes(whole[:-100]),
+        "gone": lambda weights: weights.unlink(),
+    }
+    for stage, (kind, change) in itertools.product(("convert_attention", "write_checkpoint"), changes.items()):
+        with monkeypatch.context() as patch:
+            original = getattr(converter, stage)
+
+            def changed(*arguments, change=change, original=original):
+                change(copy / "model.safetensors")
+                return original(*arguments)
+
+            patch.setattr(converter, stage, changed)
+            command = ["convert", str(copy), str(tmp_path / f"{stage} {kind}"), *SIZES]
+            assert main(command) == 2
+        said = line(capsys)
+        assert "model.safetensors" in said and "changed while it was read" in said, (stage, kind, said)
+        assert not Path(command[2]).exists()
+        (copy / "model.safetensors").write_bytes(whole)
+        assert main(command) == 0 and contents(Path(command[2])) == contents(results / "0")
+
+
+def test_without_locks_it_goes_on(tmp_path, monkeypatch):
+    def none(*_arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    write(tmp_path / "network", "new")
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    write(tmp_path / "windows", "new")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["network", "windows"]

@@ -11,7 +11,6 @@
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,7 +23,8 @@ from ..source.checkpoint import RECORD, user_path
 MARK = "config.json"  # what has none is no checkpoint
 HIDDEN = ".incomplete"
 LOCK = "lock"
-NOT_OURS = {HIDDEN, "lost+found"}  # the second is in every fresh file system
+PROBE = f"{HIDDEN}-probe"
+NO_CONTENT = {HIDDEN, PROBE, "lost+found"}  # the last is in every fresh file system
 CARRIED_FOLDERS = {"additional_chat_templates"}
 
 
@@ -35,8 +35,8 @@ def work_folder(path: Path) -> Path:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, `config.json` last; nothing if there is no such folder."""
-    found = [entry for entry in folder.iterdir() if entry.name not in NOT_OURS] if folder.is_dir() else []
+    """What a folder contains, `config.json` last; nothing if there is no such folder."""
+    found = [entry for entry in folder.iterdir() if entry.name not in NO_CONTENT] if folder.is_dir() else []
     return sorted(found, key=lambda entry: (entry.name == MARK, entry.name))
 
 
@@ -115,9 +115,10 @@ def try_writing(path: Path, folder: Path, bytes_needed: int) -> None:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         with locked(folder, path):
-            with tempfile.TemporaryDirectory(prefix=".", dir=path if path.is_dir() else path.parent) as target:
-                (folder / "probe").touch()
-                (folder / "probe").rename(Path(target) / "probe")
+            (folder / PROBE).touch()
+            if path.is_dir():
+                (folder / PROBE).replace(path / PROBE)
+            (path if path.is_dir() else folder).joinpath(PROBE).unlink()
             used = sum(file.stat().st_size for file in folder.rglob("*"))
             free = shutil.disk_usage(folder).free
         if free + used < bytes_needed:

@@ -92,8 +92,11 @@ class Checkpoint:
 
         Returns:
             The tensors by name.
+
+        Raises:
+            UserError: they are not there any more.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         assert self.folder is not None
         files: dict[str, list[str]] = {}
@@ -101,10 +104,13 @@ class Checkpoint:
             files.setdefault(self.tensors[name].file, []).append(name)
         loaded = {}
         for file, inside in files.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                for name in inside:
-                    # A copy: a view would keep the whole file mapped.
-                    loaded[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    for name in inside:
+                        # A copy: a view would keep the whole file mapped.
+                        loaded[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.name}/{file} changed while it was read: {brief(error)}") from None
         return loaded
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token windows: plain files, .xz files, and data sets."""
 
+import codecs
 import logging
 import lzma
 from pathlib import Path
@@ -18,6 +19,16 @@ logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent.parent / "bundled"
 CHARACTERS_PER_TOKEN = 16  # no tokenizer of natural text packs more on average; bounds how much text is read
 SPREAD = 4  # calibration windows are drawn from this many times the text that they take up
+
+
+def drop_cut_character(error: UnicodeError) -> tuple[str, int]:
+    """Take a text without the character that its end falls into, which `head -c` does; any other damage is an error."""
+    if not isinstance(error, UnicodeDecodeError) or error.reason != "unexpected end of data":
+        raise error
+    return "", error.end
+
+
+codecs.register_error("drop_cut_character", drop_cut_character)
 
 
 def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
@@ -42,7 +53,7 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
     if path.is_file():
         try:
             opener = lzma.open if path.suffix == ".xz" else open
-            with opener(path, "rt", encoding="utf-8") as file:
+            with opener(path, "rt", encoding="utf-8", errors="drop_cut_character") as file:
                 text = file.read(limit)
         except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
             raise UserError(f"{source} is not UTF-8 text or a whole .xz of it ({error})") from None
