@@ -45,11 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return run(options, as_json)
-    except UserError as error:
-        if verbose:
-            raise
-        print(f"hf-mla: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         what = "go on" if arguments[:1] in (["convert"], ["heal"]) else "start again"
         words = [word for word in arguments if word != "--restart"]
@@ -58,6 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `hf-mla info ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
         return 0
+    except (UserError, OSError) as error:  # the latter from a file that is there and cannot be read
+        if verbose:
+            raise
+        filename = getattr(error, "filename", None)
+        print(f"hf-mla: {error if filename is None else f'{filename}: {error.strerror}'}", file=sys.stderr)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,6 +9,7 @@ import errno
 import itertools
 import os
 import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -263,3 +264,49 @@ def test_without_locks_it_goes_on(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
     write(tmp_path / "windows", "new")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["network", "windows"]
+
+
+def test_the_current_folder_and_links(tmp_path, capsys, monkeypatch, source, results):
+    """Each is written into and stays what it was; links may come before what they point to."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "early").symlink_to("later/target")
+    new = contents(results / "0")
+    monkeypatch.chdir(tmp_path / "folder")
+    for more in ([], ["--overwrite"]):
+        assert main(["convert", source, ".", *SIZES, *more]) == 0
+        assert contents(Path(".")) == contents(tmp_path / "folder") == new and main(["info", "."]) == 0
+    for name, target in (("link", "target"), ("early", "later/target")):
+        assert main(["convert", source, str(tmp_path / name), *SIZES]) == 0
+        assert (tmp_path / name).is_symlink() and contents(tmp_path / target) == new
+    assert line(capsys) == ""
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    for name, said in (
+        ("loop", "oop"),
+        ("file/out", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        (f"deep/{'n' * 250}", "File name too long"),  # the output's could be, the work folder's could not
+    ):
+        assert main(["convert", source, str(tmp_path / name), *SIZES]) == 2
+        assert said in line(capsys)
+    assert main(["info", "n" * 300]) == 2 and "too long" in line(capsys)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in (["info", "."], ["convert", source, ".", *SIZES]):
+        assert main(command) == 2 and "the current folder is no more" in line(capsys)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["early", "file", "folder", "later", "link", "loop", "target"]
+
+
+def test_mounted_folders(tmp_path, source, results):
+    """A file system of its own for the output: empty, too small, found to be full, not to be written."""
+    try:
+        subprocess.run(["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "none", str(tmp_path)], check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no mount namespaces here")
+    script = str(Path(__file__).parent / "mounts_drill.py")
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, script, str(tmp_path), source, str(results / "0"), *SIZES]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS, SCALES
 from ..output.card import add_healing
@@ -181,8 +181,10 @@ def heal(
             silence(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resumed)
-            except SafetensorError as error:  # a full disk arrives as this, not as an OSError
-                raise OSError(str(error)) from error
+            except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
+                if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
+                    raise
+                raise OSError(f"a file could not be written, is the disk full? ({brief(error)})") from error
             finally:
                 callback.close()
             if processes.is_main_process:

@@ -148,9 +148,11 @@ def user_path(given: str) -> Path:
     if not given:
         raise UserError("an empty path was given; give a folder or file")
     try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{given}: {brief(error)}") from None
+        path = Path(given).expanduser()
+        path.exists()  # an error if the name is too long, or where it would be cannot be looked at
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{given}: {getattr(error, 'strerror', None) or brief(error)}") from None
+    return path
 
 
 def hub_folder(source: str, revision: str | None) -> Path:
