@@ -53,11 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `hf-mla info ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
         return 0
-    except (UserError, OSError) as error:  # the latter from a file that is there and cannot be read
+    except (UserError, OSError) as error:
         if verbose:
             raise
-        filename = getattr(error, "filename", None)
-        print(f"hf-mla: {error if filename is None else f'{filename}: {error.strerror}'}", file=sys.stderr)
+        # The latter are of a file that is there and cannot be read.
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"hf-mla: {what}", file=sys.stderr)
         return 2
 
 

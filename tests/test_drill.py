@@ -208,6 +208,37 @@ def test_convert_at_any_moment(tmp_path, capsys, source, results, place, kind):
     assert count > first + 30
 
 
+@pytest.mark.parametrize("kind", ["kill", "full"])
+def test_heal_at_some_moments(tmp_path, capsys, source, results, kind):
+    text = tmp_path / "text.txt"
+    text.write_text("A captain and the sea. " * 2000)
+    path, options = tmp_path / "out", ["--teacher", source, "--text", str(text), "--steps", "4", "--step-tokens", "256"]
+    assert main(["heal", str(results / "0"), str(tmp_path / "whole"), *options, "--device", "cpu"]) == 0
+    new, old = contents(tmp_path / "whole"), contents(results / "1")
+    command = ["heal", str(results / "0"), str(path), *options, "--device", "cpu", "--overwrite"]
+    for count in itertools.count(15, 2 * EVERY):
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(results / "1", path)
+        capsys.readouterr()
+        with FAULTS.after(count, kind):
+            try:
+                code = main(command)
+            except Killed:
+                code = None
+        said = line(capsys)
+        if code == 2:
+            assert ("No space left on device" in said or "is the disk full?" in said) and contents(path) == old
+            assert ("goes on with it" in said) == bool(list(path.glob("**/complete"))), said
+        elif (path / "config.json").exists():
+            assert contents(path) in (old, new)
+        done = contents(path) == new
+        assert main(command) == 0, line(capsys)
+        assert contents(path) == new and not list(tmp_path.glob("**/.*"))
+        if done:
+            break
+    assert count > 100
+
+
 def test_the_same_command_twice_at_once(tmp_path, capsys, source):
     for path, folder in ((tmp_path / "new", tmp_path / ".new.incomplete"), (tmp_path / "old", tmp_path / "old" / ".incomplete")):
         if path.name == "old":
@@ -310,3 +341,15 @@ def test_mounted_folders(tmp_path, source, results):
     command = ["unshare", "--map-root-user", "--mount", sys.executable, script, str(tmp_path), source, str(results / "0"), *SIZES]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_demo_advises_what_it_can_do(tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert line(capsys).endswith("exists and is not empty; choose another")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with FAULTS.after(8, "full"):
+        assert main(["demo"]) == 2
+    assert line(capsys).endswith("No space left on device; make room there, or give another folder by --out")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

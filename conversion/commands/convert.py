@@ -74,7 +74,7 @@ def convert(
 
     Args:
         source: a checkpoint folder or a Hub id.
-        out: the folder to write; it appears when the conversion is complete.
+        out: the folder to write; one that is not there appears when the conversion is complete.
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
@@ -115,7 +115,7 @@ def convert(
     window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
-    if push_to is not None:
+    if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     windows = calibration_windows(checkpoint, calibration, tokens, window, seed)
     check_memory(checkpoint, sizes, run_device)

@@ -25,7 +25,7 @@ HIDDEN = ".incomplete"
 LOCK = "lock"
 PROBE = f"{HIDDEN}-probe"
 NO_CONTENT = {HIDDEN, PROBE, "lost+found"}  # the last is in every fresh file system
-CARRIED_FOLDERS = {"additional_chat_templates"}
+CARRIED_FOLDERS = {"additional_chat_templates", "LICENSES"}
 
 
 def work_folder(path: Path) -> Path:
