@@ -42,12 +42,12 @@ def main(arguments: list[str] | None = None) -> int:
     verbose, as_json = options.pop("verbose"), options.pop("json", False)
     quiet_libraries(verbose)
     try:
-        return run(options, as_json)
-    except UserError as error:
-        if verbose:
-            raise
-        print(f"hf-mla: {error}", file=sys.stderr)
+        os.getcwd()
+    except OSError:  # the libraries need one to be imported
+        print("hf-mla: the current folder is no more; change to one that is there", file=sys.stderr)
         return 2
+    try:
+        return run(options, as_json)
     except KeyboardInterrupt:
         what = "go on" if command in ("convert", "heal") else "start again"
         words = [word for word in arguments if word != "--restart"]
@@ -56,6 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `hf-mla info ... | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - or the interpreter complains when it flushes
         return 0
+    except (UserError, OSError) as error:
+        if verbose:
+            raise
+        # The latter are of a file that is there and cannot be read.
+        at_fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"hf-mla: {at_fault}", file=sys.stderr)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):

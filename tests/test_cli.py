@@ -1,6 +1,7 @@
 """The command line: its contract, and one clear line for whatever is wrong."""
 
 import json
+import lzma
 import math
 import shutil
 import subprocess
@@ -312,7 +313,7 @@ DAMAGES = {
 DEEP_DAMAGES = {
     "missing MLP": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "does not hold model.layers.2.mlp"),
     "stale layers": (change_config(num_hidden_layers=4), "holds, beyond what its config.json describes, model.layers.4."),
-    "not finite": (change_weights(lambda t: t["model.norm.weight"].fill_(math.nan)), "not finite"),
+    "not finite": (change_weights(lambda t: t["model.norm.weight"].fill_(math.nan)), "not finite; model.norm.weight in model.s"),
     "other MLP width": (change_config(intermediate_size=256), "config.json announces [256, 192]"),
     "unknown activation": (change_config(hidden_act="nonsense"), "cannot be loaded"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "no usable tokenizer"),
@@ -358,9 +359,13 @@ def test_wrong_text(capsys, tmp_path):
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(bytes(range(128, 256)))
     (tmp_path / "broken.txt.xz").write_bytes(Path(VALIDATION).read_bytes()[:5000])
+    (tmp_path / "cut.txt.xz").write_bytes(lzma.compress(b"A captain and the sea. " * 2000)[:-30])
+    (tmp_path / "cut.txt").write_bytes(("A captain and the sea. " * 2000 + "ß").encode()[:-1])  # as `head -c` leaves it
+    assert run(capsys, "convert", MODEL, tmp_path / "cut", "--calibration", tmp_path / "cut.txt", *QUICK)[0] == 0
     for name, message in (
         ("empty.txt", "holds no text"),
         ("binary.txt", "is not UTF-8 text"),
+        ("cut.txt.xz", "is not UTF-8 text or a whole .xz"),
         ("broken.txt.xz", "is not UTF-8 text or a whole .xz"),
         ("absent.txt", "there is no text file"),
     ):

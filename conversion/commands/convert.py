@@ -29,24 +29,24 @@ from ..mathematics.closed_form import convert_attention, mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.moments import LayerMoments, second_moment
 from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
-from ..mathematics.scales import SCALES
+from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
+from ..output.folder import check_output
 from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, with_sides
 from ..output.writing import check_carried, check_repository, upload, write_checkpoint
-from ..source.checkpoint import DTYPES, Checkpoint, check_output, load_file, open_checkpoint, save_file
+from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, launched_processes
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_vocabulary, load_tokenizer
-from .plan import check_memory, make_plan, possible_sizes
+from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 
 
 logger = logging.getLogger(__name__)
 
 STEPS = 400
-SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
 HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 LONG = 1000  # steps; from here on each is twice as large, by measurement
@@ -76,7 +76,7 @@ def convert(
 
     Args:
         source: a checkpoint folder or a Hub id.
-        out: the folder to write; it appears when the conversion is complete.
+        out: the folder to write; one that is not there appears when the conversion is complete.
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
@@ -112,12 +112,14 @@ def convert(
     sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
     planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
     assert planned.bytes_written is not None and checkpoint.folder is not None
-    path = check_output(out, checkpoint.folder, planned.bytes_written, overwrite=overwrite)
-    if push_to is not None:
-        check_repository(push_to)
     run_device = choose_device(device)
+    processes = launched_processes(run_device)
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
     window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
+    if push_to is not None and processes.is_main_process:
+        check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     check_carried(checkpoint, mla_config(checkpoint.config, *sizes[0], stored, qk_norm), tokenizer)
@@ -138,10 +140,13 @@ def convert(
         "device": run_device.type,
         "versions": versions(),
     }
-    processes = launched_processes(run_device)
     if processes.num_processes > 1:
         run_device = processes.device
-    with repeatable(), work_on(path, recipe, processes, restart=restart, worth="gradient-*") as folder:
+    sources, kept = {"source_sha256": checkpoint}, "gradient-*"
+    with (
+        repeatable(),
+        work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
+    ):
         job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)

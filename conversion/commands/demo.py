@@ -9,6 +9,7 @@ import torch
 
 from hf_mla import cache_bytes, cache_of
 
+from ..errors import UserError
 from ..output.reports import DemoReport, Generation
 from ..source.checkpoint import open_checkpoint
 from ..source.loading import load_model
@@ -38,7 +39,14 @@ def demo(*, out: str | None = None) -> DemoReport:
     with tempfile.TemporaryDirectory() as scratch:
         folder = out if out is not None else str(Path(scratch) / "demo-mla")
         source = str(BUNDLED / "model")
-        converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, steps=STEPS, device="cpu")
+        try:
+            converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, steps=STEPS, device="cpu")
+        except UserError as error:  # its advice is for `convert`
+            what, _, advice = str(error).partition("; ")
+            advice = (
+                "make room there, or give another folder by --out" if out is None else advice.removesuffix(", or pass --overwrite")
+            )
+            raise UserError(f"{what}; {advice}") from None
         verified = verify(folder, against=source, text=str(BUNDLED / "validation.txt.xz"), tokens=32768, device="cpu")
         return DemoReport(converted, verified, PROMPT, generate(source), generate(folder))
 

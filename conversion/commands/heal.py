@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
-from ..errors import UserError
+from ..errors import UserError, brief
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS, SCALES
 from ..output.card import add_healing
+from ..output.folder import check_output, entries
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import HealReport
-from ..source.checkpoint import DTYPES, ITEMSIZE, RECORD, Checkpoint, ShardWriter, check_output, load_file, open_checkpoint
+from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, load_file, open_checkpoint
 from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
@@ -67,7 +69,7 @@ def heal(
 
     Args:
         out: the converted checkpoint.
-        dest: the folder to write; it appears when all is done.
+        dest: the folder to write; one that is not there appears when all is done.
         teacher: what `out` was converted from; a folder or a Hub id.
         text: a .txt or .txt.xz file, or a data set; a part of it is held back to measure on.
         steps: how many to take at most.
@@ -116,9 +118,8 @@ def heal(
             student_checkpoint, teacher_checkpoint, train, lora_rank, micro * window, run_device, gradient_checkpointing
         ),
     )
-    size = sum(tensor.parameters * ITEMSIZE[tensor.dtype] for tensor in student_checkpoint.tensors.values())
-    for folder in (student_checkpoint.folder, teacher_checkpoint.folder):
-        path = check_output(dest, folder, size, overwrite=overwrite)
+    folders = [student_checkpoint.folder, teacher_checkpoint.folder]
+    path = check_output(dest, folders, disk_estimate(student_checkpoint, train, plan), processes, overwrite=overwrite)
     if dry_run:
         return plan
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
@@ -152,7 +153,8 @@ def heal(
         "device": run_device.type,
         "versions": versions(),
     }
-    with work_on(path, recipe, processes, restart=restart, worth="checkpoint-*/complete") as folder:
+    sources, kept = {"out_sha256": student_checkpoint, "teacher_sha256": teacher_checkpoint}, "checkpoint-*/complete"
+    with work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder:
         trained, resumed = folder / "trained.json", None  # the Trainer's state after the last step
         if processes.is_main_process:
             resumed = last_checkpoint(folder)
@@ -183,8 +185,10 @@ def heal(
             silence(trainer)
             try:
                 trainer.train(resume_from_checkpoint=resumed)
-            except SafetensorError as error:  # a full disk arrives as this, not as an OSError
-                raise OSError(str(error)) from error
+            except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
+                if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
+                    raise
+                raise OSError(f"a file could not be written, is the disk full? ({brief(error)})") from error
             finally:
                 callback.close()
             if processes.is_main_process:
@@ -287,6 +291,13 @@ def memory(
     return parts | {"total": sum(parts.values())}
 
 
+def disk_estimate(student: Checkpoint, train: str, plan: HealReport) -> int:
+    """Bytes on disk of the output, the best weights, and three checkpoints: the oldest goes when the newest is written."""
+    trained = plan.trained_parameters
+    model = 4 * (trained if train == "lora" else sum(tensor.parameters for tensor in student.tensors.values()))
+    return student.bytes + 4 * trained + 3 * (model + 8 * trained)
+
+
 class Windows(torch.utils.data.Dataset):
     """Token windows [windows, tokens] as the Trainer takes them."""
 
@@ -380,8 +391,13 @@ def write_healed(checkpoint: Checkpoint, folder: Path, recipe: dict) -> Path:
         healed = healed.merge_and_unload()
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
-    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", ".*")
-    shutil.copytree(checkpoint.folder, output, ignore=weights)
+    output.mkdir()
+    for entry in entries(checkpoint.folder):
+        if entry.name.startswith(".") or entry.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        # Contents only: the modes of a read-only checkpoint would keep the card from being written.
+        copy = partial(shutil.copytree, copy_function=shutil.copyfile) if entry.is_dir() else shutil.copyfile
+        copy(entry, output / entry.name)
     state, types = healed.state_dict(), {header: getattr(torch, name) for name, header in DTYPES.items()}
     ShardWriter(output, checkpoint.tensors).write(lambda name: state[name].to(types[checkpoint.tensors[name].dtype]))
     return output

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from ..errors import UserError
-from ..mathematics.scales import HEAD_TOKENS, SCALES
+from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
@@ -172,6 +172,11 @@ def possible_sizes(
     return [(min(floats - dim, config.hidden_size), dim) for dim in (rule, *near)]
 
 
+def computed_width(checkpoint: Checkpoint, device: str) -> int:
+    """Bytes of a number that is computed with; see `compute_dtype`."""
+    return {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)
+
+
 def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
     """Bytes of memory that a conversion takes at its peak.
 
@@ -185,7 +190,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
         Bytes, the libraries' own included.
     """
     config, scale = checkpoint.config, SCALES[device]
-    width = {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)  # of a number that is computed with
+    width = computed_width(checkpoint, device)
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
     rank, rope_dim = size
@@ -206,6 +211,28 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
         tokens * hidden * width + layer * width + max(fitting, closed_form),
         layer * width + batch * original * width,
     )
+
+
+def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str) -> int:
+    """Bytes on disk that a conversion takes at its peak, if hidden states of the calibration text fit in memory.
+
+    Args:
+        checkpoint: the source.
+        bytes_written: of the output.
+        tokens: of calibration text.
+        window: tokens in a sequence.
+        device: type of the device.
+
+    Returns:
+        Bytes of the output, and of what is kept until it is whole.
+    """
+    config = checkpoint.config
+    surveyed = min(tokens, max(4 * window, SURVEY_TOKENS))
+    inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
+    moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
+    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
+    layers = bytes_written * attention // checkpoint.parameters
+    return config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 
 def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: Any) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 
 HEAD_TOKENS = 1024  # whose logits are in memory at a time: those of a long sequence would outweigh the model
+SURVEY_TOKENS = 1 << 14  # for the gradient, and to try sizes on
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
-from ..source.checkpoint import load_file, save_file
+from ..source.checkpoint import Checkpoint, load_file, save_file
 from ..source.streaming import LayerStream
 from .moments import hooks, second_moment
 from .scales import HEAD_TOKENS
@@ -80,7 +80,7 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> in
                 part.copy_(at_output)
                 losses += at_tokens.sum(0).double().cpu()
         if not torch.isfinite(losses).all():
-            raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; its weights are damaged")
+            raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; {damage(stream.checkpoint)}")
         context = trained_context(losses / len(windows))
         if context < windows.shape[1]:
             return context
@@ -90,6 +90,14 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> in
             save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
             progress.update()
         return context
+
+
+def damage(checkpoint: Checkpoint) -> str:
+    """Which weights are the reason that a model computes numbers that are not finite."""
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        if not torch.isfinite(checkpoint.load([name], "cpu")[name]).all():
+            return f"{name} in {tensor.file} is damaged: download it again"
+    return "its weights are finite, but do not go with its config.json"
 
 
 def trained_context(losses: Tensor) -> int:

@@ -17,7 +17,7 @@ LEAST_SHARE = 1e-7  # of the energy; what lies below is rounding, and would take
 
 
 def check_plot(plot: str) -> None:
-    """Raise a UserError if nothing can draw a picture, or it has no folder to be in."""
+    """Raise a UserError if nothing can draw a picture, or it could not be written."""
     path = user_path(plot)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
@@ -25,15 +25,24 @@ def check_plot(plot: str) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError('--plot needs matplotlib, which is not installed: pip install "hf-mla[plot]"') from None
-    if not path.parent.is_dir():
-        raise UserError(f"--plot {plot} cannot be written: No such file or directory")
+    try:
+        was_there = path.exists()
+        open(path, "ab").close()
+        if not was_there:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
 
 
 def save_figure(figure: Any, plot: str) -> None:
-    """Write a matplotlib figure, or raise a UserError."""
+    """Write a matplotlib figure as a whole, or raise a UserError and leave what was there."""
+    path = user_path(plot)
+    partial = path.with_name(f".{path.name}")
     try:
-        figure.savefig(user_path(plot))
+        figure.savefig(partial, format=path.suffix[1:].lower())
+        partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
 
 

@@ -1,32 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a conversion or a healing has done so far, in a folder beside its output, so that it can be killed at any moment and go on.
+"""What a conversion or a healing has done so far, in a folder of its own, so that it can be killed at any moment and go on.
 
 * `recipe.json` says what the work depends on: source files, calibration tokens, options, versions. Work is only taken up by a
   command with the same recipe; what differs is named.
 * Every finished part is one file that appears whole or not at all.
-* The output is put together in a sub-folder and takes its name in one step; then the folder is removed.
+* The output is put together in a sub-folder and takes its place (`folder.py`); then the folder is removed.
 """
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..source.checkpoint import Checkpoint
+from .folder import check_free, clear, locked, put_in_place, undo, work_folder
 
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def work_folder(path: Path) -> Path:
-    """Where the work on `path` keeps what it has done so far."""
-    return path.parent / f".{path.name}.incomplete"
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -35,53 +30,82 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 
 @contextmanager
-def work_on(path: Path, recipe: dict[str, Any], processes: Any, *, restart: bool, worth: str) -> Iterator[Path]:
+def work_on(
+    path: Path,
+    recipe: dict[str, Any],
+    sources: dict[str, Checkpoint],
+    processes: Any,
+    *,
+    restart: bool,
+    overwrite: bool,
+    worth: str,
+) -> Iterator[Path]:
     """The folder for unfinished work on an output; what is in it stays if the block fails or is interrupted.
 
     Args:
-        path: the output.
+        path: the output, as `check_output` gave it.
         recipe: what the work depends on; JSON values.
+        sources: the checkpoints that are read, by the name that their fingerprints have in the recipe.
         processes: Accelerate's state; the main process looks after the folder, the others wait.
         restart: forget earlier work.
+        overwrite: replace what lies at `path`.
         worth: a pattern of files that make the folder worth keeping.
 
     Yields:
-        The folder. The block makes `output` in it, which takes the name `path` when the block ends.
+        The folder. The block makes `output` in it, which takes its place at `path` when the block ends.
 
     Raises:
-        UserError: earlier work there had another recipe, the disk is full, or the folder cannot be written.
+        UserError: another process is at this work, earlier work there had another recipe, a source was changed meanwhile, the
+            disk is full, or the folder cannot be written.
     """
-    folder = work_folder(path)
+    folder, main = work_folder(path), processes.is_main_process
+
+    def kept() -> bool:
+        return any(folder.glob(worth)) or (folder / "old").exists()
+
     try:
-        if processes.is_main_process:
-            begin(folder, recipe, restart=restart)
-        processes.wait_for_everyone()
-        yield folder
-        processes.wait_for_everyone()
-        if processes.is_main_process:
-            if path.exists():
-                shutil.rmtree(path)
-            (folder / "output").rename(path)
-            shutil.rmtree(folder)
+        with locked(folder, path) if main else nullcontext():
+            try:
+                if main:
+                    undo(path, folder)
+                    check_free(path, overwrite=overwrite)
+                    begin(folder, recipe, restart=restart)
+                processes.wait_for_everyone()
+                yield folder
+                processes.wait_for_everyone()
+                if main:
+                    check_unchanged(sources, recipe, folder)
+                    check_free(path, overwrite=overwrite)
+                    put_in_place(path, folder)
+            finally:
+                if main and not kept():
+                    with suppress(OSError):
+                        clear(folder)
     except OSError as error:
-        kept = any(folder.glob(worth))
-        what = f"what is done so far is kept in {folder}, and the same command goes on with it" if kept else "nothing is kept"
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {what}") from error
-    finally:
-        if processes.is_main_process and folder.exists() and not any(folder.glob(worth)):
-            shutil.rmtree(folder, ignore_errors=True)  # nothing worth keeping yet
+        done = f"what is done so far is kept in {folder}, and the same command goes on with it" if kept() else "nothing is kept"
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {done}") from error
 
 
 def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
     """Take up the work in `folder`, or begin it."""
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
-    if (folder / "recipe.json").exists():
+    if (folder / "recipe.json").exists() and not restart:
         check_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), recipe, folder)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        clear(folder)
         write_json(recipe, folder / "recipe.json")
+
+
+def check_unchanged(sources: dict[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
+    """Raise a UserError if a source is not any more what it was when the work began; such work is thrown away."""
+    for name, checkpoint in sources.items():
+        try:
+            now = source_fingerprint(checkpoint)
+        except OSError:
+            now = {}
+        for file, digest in recipe[name].items():
+            if now.get(file) != digest:
+                clear(folder)
+                raise UserError(f"{file} of {checkpoint.name} changed while it was read; nothing is kept, give the command again")
 
 
 def write_json(data: Any, path: Path) -> None:

@@ -20,6 +20,7 @@ from ..source.checkpoint import DTYPES, LICENCES, RECORD, Checkpoint, ShardWrite
 from ..source.families import FAMILIES
 from ..source.tokenizer import CONFIG, custom_code, difference, load_tokenizer, read_settings
 from .card import licence, model_card
+from .folder import CARRIED_FOLDERS
 from .progress import layer_file, write_json
 from .reports import ConvertReport
 
@@ -43,7 +44,6 @@ CARRIED = [
     "*.jinja",
     *LICENCES,
 ]
-CARRIED_FOLDERS = ["additional_chat_templates", "LICENSES"]
 
 
 def check_carried(source: Checkpoint, config: Any, tokenizer: Any) -> None:
@@ -220,24 +220,24 @@ def unservable(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_repository(repository: str) -> None:
-    """Raise a UserError unless this can be the name of a Hub repository."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"--push-to {repository}: {brief(error)}") from None
-
-
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished output folder to a Hub repository, which is made (private) if it does not exist."""
+    """Make a Hub repository, private, if it does not exist; a UserError if that cannot be, so that it is known before the work."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:
-        api = HfApi()
-        api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted to MLA with hf_mla")
+        HfApi().create_repo(repository, private=True, exist_ok=True)
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"{folder} is complete, but uploading it to {repository} failed: {brief(error)}") from None
+        raise UserError(f"--push-to {repository}: {brief(error)}") from None
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a finished output folder to a Hub repository."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted to MLA with hf_mla")
+    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"{folder} is complete, but uploading it failed ({brief(error)}); try again: hf upload {repository} {folder}"
+        ) from None

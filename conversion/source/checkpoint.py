@@ -7,10 +7,7 @@
 """
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,8 +94,11 @@ class Checkpoint:
 
         Returns:
             The tensors by name.
+
+        Raises:
+            UserError: they are not there any more.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         assert self.folder is not None
         files: dict[str, list[str]] = {}
@@ -106,10 +106,13 @@ class Checkpoint:
             files.setdefault(self.tensors[name].file, []).append(name)
         loaded = {}
         for file, inside in files.items():
-            with safe_open(self.folder / file, framework="pt") as shard:
-                for name in inside:
-                    # A copy: a view would keep the whole file mapped.
-                    loaded[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+            try:
+                with safe_open(self.folder / file, framework="pt") as shard:
+                    for name in inside:
+                        # A copy: a view would keep the whole file mapped.
+                        loaded[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{self.name}/{file} changed while it was read: {brief(error)}") from None
         return loaded
 
 
@@ -147,9 +150,11 @@ def user_path(given: str) -> Path:
     if not given:
         raise UserError("an empty path was given; give a folder or file")
     try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"{given}: {brief(error)}") from None
+        path = Path(given).expanduser()
+        path.exists()  # an error if the name is too long, or where it would be cannot be looked at
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{given}: {getattr(error, 'strerror', None) or brief(error)}") from None
+    return path
 
 
 def hub_folder(source: str, revision: str | None) -> Path:
@@ -355,42 +360,3 @@ def load_file(path: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file as load
 
     return load(path)
-
-
-def check_output(out: str, source: Path, bytes_needed: int, *, overwrite: bool) -> Path:
-    """Check that an output folder can be made, before work starts.
-
-    Args:
-        out: as the user gave it.
-        source: the folder of the source, which must not be touched.
-        bytes_needed: room that the output takes on disk.
-        overwrite: whether a converted checkpoint that lies there may be replaced.
-
-    Returns:
-        The absolute path, symbolic links resolved.
-
-    Raises:
-        UserError: the folder exists and `overwrite` is false or would remove something else, it overlaps the source, it
-            cannot be written, or the disk is full.
-    """
-    path, source = user_path(out).resolve(), source.resolve()
-    if path == source or path in source.parents or source in path.parents:
-        raise UserError(f"{out} is, holds or lies in the source folder; choose another output folder")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{out} is a file; give a folder to write to")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise UserError(f"output folder {out} exists and is not empty; choose another, or pass --overwrite")
-        if not (path / RECORD).is_file() or any(entry.is_dir() for entry in path.iterdir()):
-            raise UserError(f"{out} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
-    existing = next(parent for parent in path.parents if parent.exists())
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=f".{path.name}.", dir=existing))
-        free = shutil.disk_usage(existing).free
-    except OSError as error:
-        raise UserError(f"cannot write to {existing}: {error.strerror}") from None
-    if free < bytes_needed:
-        raise UserError(
-            f"{existing} has {free / 1e6:,.1f} MB free, the output takes {bytes_needed / 1e6:,.1f} MB; make room or write elsewhere"
-        )
-    return path

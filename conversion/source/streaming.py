@@ -9,6 +9,7 @@
 import copy
 import ctypes
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -160,4 +161,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, f
     if needed <= MEMORY_SHARE * psutil.virtual_memory().available:
         return torch.empty(shape, dtype=dtype)
     logger.warning("hidden states of %.1f GB are kept in %s", needed / 1e9, file)
+    if hasattr(os, "posix_fallocate"):  # a disk that is too full says so now; later, writing to a map of it would end the process
+        with open(file, "wb") as reserved:
+            os.posix_fallocate(reserved.fileno(), 0, needed)
     return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token windows: plain files, .xz files, and data sets."""
 
+import codecs
 import logging
 import lzma
 import os
@@ -39,6 +40,16 @@ DATA += ("pdf", "epub", "doc", "docx", "odt", "rtf", "gz", "tgz", "bz2", "zst", 
 SPREAD = 4  # calibration windows are drawn from this many times the text that they take up
 
 
+def drop_cut_character(error: UnicodeError) -> tuple[str, int]:
+    """Take a text without the character that its end falls into, which `head -c` does; any other damage is an error."""
+    if not isinstance(error, UnicodeDecodeError) or error.reason != "unexpected end of data":
+        raise error
+    return "", error.end
+
+
+codecs.register_error("drop_cut_character", drop_cut_character)
+
+
 def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
     """Read text enough for `spread` times `tokens` tokens, if there is so much.
 
@@ -66,7 +77,8 @@ def read_text(source: str | None, tokens: int, spread: int = 1) -> str:
             raise UserError(f"{source} is not plain text (.{form}); write the text that is in it to a .txt or .txt.xz file")
         try:
             opener = lzma.open if path.suffix == ".xz" else open
-            with opener(path, "rt", encoding="utf-8-sig") as file:  # without the mark that some editors put first
+            # Without the mark that some editors put first.
+            with opener(path, "rt", encoding="utf-8-sig", errors="drop_cut_character") as file:
                 text = file.read(limit)
         except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
             raise UserError(f"{source} is not UTF-8 text or a whole .xz of it ({error})") from None
