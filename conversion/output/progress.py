@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
     assert checkpoint.folder is not None
-    files = ["config.json", *sorted({tensor.file for tensor in checkpoint.tensors.values()})]
+    files = ["config.json", *checkpoint.files]
 
     def digest(name: str) -> str:
         assert checkpoint.folder is not None

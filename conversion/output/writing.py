@@ -12,8 +12,9 @@ from torch import Tensor
 import hf_mla
 
 from ..errors import UserError, brief
-from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
+from ..source.checkpoint import DTYPES, RECORD, ShardWriter, TensorHeader, load_file
 from ..source.families import FAMILIES
+from ..source.matching import ModelCheckpoint
 from .card import model_card
 from .progress import layer_file, write_json
 from .reports import ConvertReport
@@ -37,7 +38,7 @@ CARRIED = [
 
 
 def write_checkpoint(
-    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
+    work: Path, source: ModelCheckpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
 ) -> None:
     """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
     assert source.folder is not None
@@ -47,14 +48,13 @@ def write_checkpoint(
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
     wanted = None if recipe["dtype"] == "auto" else dtype
     prefix = FAMILIES[source.config.model_type].attention
-    attention = tuple(prefix.format(layer=layer) for layer in range(config.num_hidden_layers))
     tensors = {
         name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[recipe["dtype"]])
-        for name, tensor in source.tensors.items()
-        if not name.startswith(attention)
+        for name, tensor in source.kept.items()
     }
     converted: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its name there
-    for layer, place in enumerate(attention):
+    for layer in range(config.num_hidden_layers):
+        place = prefix.format(layer=layer)
         for name, tensor in load_file(layer_file(work, layer)).items():
             tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
             converted[place + name] = layer_file(work, layer), name
