@@ -84,11 +84,11 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The type that most parameters are stored in; "F64", "F32", "F16" or "BF16" unless quantized."""
+        """The type that most parameters are stored in: "F64", "F32", "F16" or "BF16", unless all are quantized."""
         counts: dict[str, int] = {}
         for tensor in self.tensors.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
-        return max(counts, key=lambda dtype: counts[dtype])
+        return max(counts, key=lambda dtype: (dtype in ITEMSIZE, counts[dtype]))
 
     @property
     def files(self) -> list[str]:
@@ -136,14 +136,19 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
         UserError: there is no such folder or id, it is not a checkpoint, or a file of it is missing or damaged.
     """
     folder = user_path(source)
-    if folder.is_dir():
-        return read_folder(folder, source)
-    if folder.exists():
-        raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
-    if not HUB_ID.fullmatch(source):
-        raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
-    headers = hub_headers(source, revision) if headers_only else None
-    return read_folder(hub_folder(source, revision), source) if headers is None else headers
+    checkpoint = None
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
+        if not HUB_ID.fullmatch(source):
+            raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
+        checkpoint = hub_headers(source, revision) if headers_only else None
+        folder = hub_folder(source, revision) if checkpoint is None else folder
+    if checkpoint is None:
+        checkpoint = read_folder(folder, source)
+    if not checkpoint.tensors:
+        raise UserError(f"{source} holds no tensors; download it again")
+    return checkpoint
 
 
 def read_folder(folder: Path, source: str) -> Checkpoint:
@@ -217,7 +222,7 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
         for file, header in metadata.files_metadata.items()
         for name, info in header.tensors.items()
     }
-    return checked(Checkpoint(source, read_config(config.parent, source), tensors))
+    return Checkpoint(source, read_config(config.parent, source), tensors)
 
 
 def read_config(folder: Path, source: str) -> Any:
@@ -291,8 +296,6 @@ def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
     for name, file in (named or {}).items():
         if name not in tensors or tensors[name].file != file:
             raise UserError(f"{source}/{INDEX} says that {file} holds {name}, which it does not; download it again")
-    if not tensors:
-        raise UserError(f"{source} holds no tensors; download it again")
     return tensors
 
 

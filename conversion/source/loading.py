@@ -38,6 +38,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     from transformers import AutoModelForCausalLM
 
     checkpoint = match_model(checkpoint)
+    assert checkpoint.folder is not None
     if dtype == "auto":
         dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None

@@ -74,7 +74,8 @@ def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        attention = "sdpa" if MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]._supports_sdpa else "eager"
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
+        attention = "sdpa" if kind._supports_sdpa else "eager"
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
                 copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention
@@ -186,26 +187,24 @@ def check_match(checkpoint: Checkpoint, model: Any, parts: dict[str, Parts], oth
             )
     adapters = [name for name in others.values() if ".lora_" in name]
     if adapters:
-        raise UserError(f"{checkpoint.name} holds an adapter, {listed(adapters)}; merge it (PEFT's merge_and_unload) and save again")
+        raise UserError(
+            f"{checkpoint.name} holds an adapter, {listed(adapters)}; merge it (PEFT's merge_and_unload) and save again"
+        )
     missing = [name for name in wanted if name not in parts]
-    decoder = f"{model.base_model_prefix}."
     packed = {name.rpartition(".")[0]: name for name in others.values() if stored[name].dtype not in ITEMSIZE}
     for name in missing:
-        module = name.rpartition(".")[0]
-        for place in (module, module.removeprefix(decoder)):
-            if place in packed:
-                raise UserError(
-                    f"{checkpoint.name} is quantized, it has {packed[place]} in place of {name}; convert the unquantized one and "
-                    "quantize the result"
-                )
+        if name.rpartition(".")[0] in packed:
+            there = packed[name.rpartition(".")[0]]
+            raise UserError(f"{checkpoint.name} is quantized: it has {there} in place of {name}; convert the unquantized one")
+    decoder = f"{model.base_model_prefix}."
     absent = [name for name in missing if name.startswith(decoder)]
     if absent:
         layers = f"config.json announces {checkpoint.config.num_hidden_layers} layers"
         raise UserError(f"{checkpoint.name} has no tensor {listed(absent)}; {layers}")
     loading = SimpleNamespace(missing_keys=set(), unexpected_keys=set(others))
     model._adjust_missing_and_unexpected_keys(loading)
-    extra = [name for name in others if name in loading.unexpected_keys and stored[others[name]].dtype in ITEMSIZE]
-    extra = [name for name in extra if ".rotary_emb." not in name]
+    weights = {name for name, part in others.items() if stored[part].dtype in ITEMSIZE and "rotary_emb." not in name}
+    extra = [name for name in others if name in loading.unexpected_keys & weights]
     inside = (decoder, *(f"{name}." for name, _ in model.base_model.named_children()))
     heads = [others[name] for name in extra if not name.startswith(inside)]
     only = f"only language models ({type(model).__name__}) are converted"
@@ -217,8 +216,8 @@ def check_match(checkpoint: Checkpoint, model: Any, parts: dict[str, Parts], oth
         raise UserError(
             f"{checkpoint.name} holds, beyond what its config.json describes, {listed([others[name] for name in extra])}"
         )
-    for name, pieces in parts.items():
-        (part, pattern), *more = pieces
+    for name in wanted:
+        (part, pattern), *more = parts[name]
         if pattern is None and more:
             raise UserError(f"{checkpoint.name} holds both {part} and {more[0][0]}, which are the same weight")
         if pattern is None and stored[part].shape != tuple(wanted[name].shape):

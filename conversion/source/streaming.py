@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +74,8 @@ class LayerStream:
     @contextmanager
     def layers_doing(self, *first: Callable[..., Tensor]) -> Iterator[None]:
         """Let the first layers do something else than they do, and all others nothing, for the time of the block."""
-        for layer, forward in zip_longest(self.layers, first, fillvalue=lambda hidden_states, *_, **__: hidden_states):
-            layer.forward = forward
+        for index, layer in enumerate(self.layers):
+            layer.forward = first[index] if index < len(first) else lambda hidden_states, *_, **__: hidden_states
         try:
             yield
         finally:
