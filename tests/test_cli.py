@@ -372,7 +372,7 @@ def test_source_is_never_touched(capsys, tmp_path, converted):
 def test_broken_output_does_not_verify(capsys, tmp_path, converted):
     words = ["--against", MODEL, "--text", VALIDATION, "--tokens", 1024]
     for name, damage, message in (
-        ("hole", lambda t: t.pop("model.layers.0.self_attn.kv_b_proj.weight"), "does not hold model.layers.0.self_attn.kv_b_proj"),
+        ("hole", lambda t: t.pop("model.layers.0.self_attn.kv_b_proj.weight"), "has no tensor model.layers.0.self_attn.kv_b_proj"),
         ("nan", lambda t: t["model.norm.weight"].fill_(math.nan), "not finite"),
     ):
         folder = shutil.copytree(converted[0], tmp_path / name)

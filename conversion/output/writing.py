@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import hf_mla
 
@@ -22,8 +23,9 @@ from .reports import ConvertReport
 
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
 REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
+GENERATION = "generation_config.json"
 CARRIED = [
-    "generation_config.json",
+    GENERATION,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -69,6 +71,9 @@ def write_checkpoint(
     for pattern in CARRIED:
         for carried in source.folder.glob(pattern):
             shutil.copy(carried, folder / carried.name)
+    if not (folder / GENERATION).exists():  # the library then goes by what the source's config.json has of it; no other may
+        settings = GenerationConfig.from_model_config(source.config).to_diff_dict()
+        write_json({key: value for key, value in settings.items() if not key.startswith("_")}, folder / GENERATION)
     package = Path(hf_mla.__file__).parent
     for file_name in REMOTE_FILES:
         shutil.copy(package / file_name, folder / file_name)
