@@ -71,8 +71,8 @@ def write_checkpoint(
     for pattern in CARRIED:
         for carried in source.folder.glob(pattern):
             shutil.copy(carried, folder / carried.name)
-    if not (folder / GENERATION).exists():  # the library then goes by what the source's config.json has of it; no other may
-        settings = GenerationConfig.from_model_config(source.config).to_diff_dict()
+    if not (folder / GENERATION).exists():  # the library then goes by what config.json has of it, and does not write there any more
+        settings = GenerationConfig.from_pretrained(source.folder, "config.json", _from_model_config=True).to_diff_dict()
         write_json({key: value for key, value in settings.items() if not key.startswith("_")}, folder / GENERATION)
     package = Path(hf_mla.__file__).parent
     for file_name in REMOTE_FILES:
