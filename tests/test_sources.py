@@ -231,6 +231,7 @@ REFUSED = {
     "fewer layers": (change_config(num_hidden_layers=3), "has no tensor model.layers.2.self_attn.* announces 3 layers"),
     "other shape": (add("model.norm.weight", 47), r"model.norm.weight is \[47\], config.json announces \[48\]"),
     "one weight twice": (add("norm.weight", 48), "holds both model.norm.weight and norm.weight"),
+    "nothing": (edit(dict.clear), "holds no tensors"),
     "no such heads": (change_config(num_key_value_heads=3), "4 query heads do not divide among 3"),
 }
 

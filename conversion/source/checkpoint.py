@@ -72,6 +72,10 @@ class Checkpoint:
     folder: Path | None = field(default=None)
     """Where it lies on disk; None for a Hub checkpoint of which only headers were read."""
 
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise UserError(f"{self.name} holds no tensors; download it again")
+
     @property
     def parameters(self) -> int:
         """Number of stored parameters."""
@@ -136,19 +140,16 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
         UserError: there is no such folder or id, it is not a checkpoint, or a file of it is missing or damaged.
     """
     folder = user_path(source)
-    checkpoint = None
     if not folder.is_dir():
         if folder.exists():
             raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
         if not HUB_ID.fullmatch(source):
             raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
-        checkpoint = hub_headers(source, revision) if headers_only else None
-        folder = hub_folder(source, revision) if checkpoint is None else folder
-    if checkpoint is None:
-        checkpoint = read_folder(folder, source)
-    if not checkpoint.tensors:
-        raise UserError(f"{source} holds no tensors; download it again")
-    return checkpoint
+        headers = hub_headers(source, revision) if headers_only else None
+        if headers is not None:
+            return headers
+        folder = hub_folder(source, revision)
+    return read_folder(folder, source)
 
 
 def read_folder(folder: Path, source: str) -> Checkpoint:
