@@ -306,16 +306,16 @@ DAMAGES = {
     ),
     "more layers than weights": (change_config(num_hidden_layers=9), "has no tensor model.layers.6."),
     "other shapes": (change_config(head_dim=64), "config.json announces"),
+    "missing MLP": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "has no tensor model.layers.2.mlp"),
+    "stale layers": (change_config(num_hidden_layers=4), "holds, beyond what its config.json describes, model.layers.4."),
+    "other MLP width": (change_config(intermediate_size=256), "config.json announces [256, 192]"),
+    "unknown activation": (change_config(hidden_act="nonsense"), "cannot be loaded"),
 }
 
 
 # What only the weights themselves show: `plan`, which reads headers, lets it pass.
 DEEP_DAMAGES = {
-    "missing MLP": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "does not hold model.layers.2.mlp"),
-    "stale layers": (change_config(num_hidden_layers=4), "holds, beyond what its config.json describes, model.layers.4."),
     "not finite": (change_weights(lambda t: t["model.norm.weight"].fill_(math.nan)), "not finite; model.norm.weight in model.s"),
-    "other MLP width": (change_config(intermediate_size=256), "config.json announces [256, 192]"),
-    "unknown activation": (change_config(hidden_act="nonsense"), "cannot be loaded"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("tokenizer*")], "no usable tokenizer"),
 }
 
@@ -399,7 +399,7 @@ def test_source_is_never_touched(capsys, tmp_path, converted):
 def test_broken_output_does_not_verify(capsys, tmp_path, converted):
     words = ["--against", MODEL, "--text", VALIDATION, "--tokens", 1024]
     for name, damage, message in (
-        ("hole", lambda t: t.pop("model.layers.0.self_attn.kv_b_proj.weight"), "does not hold model.layers.0.self_attn.kv_b_proj"),
+        ("hole", lambda t: t.pop("model.layers.0.self_attn.kv_b_proj.weight"), "has no tensor model.layers.0.self_attn.kv_b_proj"),
         ("nan", lambda t: t["model.norm.weight"].fill_(math.nan), "not finite"),
     ):
         folder = shutil.copytree(converted[0], tmp_path / name)

@@ -38,6 +38,7 @@ from ..output.writing import check_carried, check_repository, upload, write_chec
 from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, launched_processes
+from ..source.matching import match_model
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_vocabulary, load_tokenizer
@@ -110,6 +111,7 @@ def convert(
     if reason is not None:
         raise UserError(f"{source}: {reason}")
     sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    checkpoint = match_model(checkpoint)
     planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
     assert planned.bytes_written is not None and checkpoint.folder is not None
     run_device = choose_device(device)
@@ -223,7 +225,7 @@ class Job:
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
         """The configuration of the converted model."""
-        config = mla_config(self.checkpoint.config, rank, rope_dim, dtype, self.qk_norm)
+        config = mla_config(self.stream.config, rank, rope_dim, dtype, self.qk_norm)
         config._attn_implementation = self.stream.model.config._attn_implementation
         if self.steps:
             config.kv_a_layernorm_eps = NORM_EPS
@@ -389,8 +391,12 @@ class Job:
                     layer.self_attn = original
         total = Comparison()
         with self.stream.head() as head:
+
+            def logits(states: Tensor) -> Tensor:
+                return head(states.unsqueeze(0)).squeeze(0)
+
             for first, second, ids in zip(source, converted, windows, strict=True):
-                total.add_states(first.to(self.device), second.to(self.device), (head, head), ids.to(self.device))
+                total.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
         return {"held_back_tokens": windows.numel(), **with_sides(total.result())}
 
 

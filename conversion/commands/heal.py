@@ -29,6 +29,7 @@ from ..output.progress import source_fingerprint, token_fingerprint, versions, w
 from ..output.reports import HealReport
 from ..source.checkpoint import DTYPES, RECORD, Checkpoint, ShardWriter, load_file, open_checkpoint
 from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
+from ..source.matching import match_model
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 from .verify import check_pair, compare
@@ -96,6 +97,7 @@ def heal(
     check_options(steps, train, lora_rank, learning_rate, step_tokens)
     student_checkpoint, teacher_checkpoint = open_checkpoint(out), open_checkpoint(teacher, revision)
     check_pair(student_checkpoint, teacher_checkpoint)
+    student_checkpoint, teacher_checkpoint = match_model(student_checkpoint), match_model(teacher_checkpoint)
     assert student_checkpoint.folder is not None and teacher_checkpoint.folder is not None
     widest = max(min(shape) for shape in linear_shapes(student_checkpoint))
     if train == "lora" and lora_rank > widest:

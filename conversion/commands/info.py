@@ -6,8 +6,9 @@ from typing import Any
 
 from ..errors import UserError, brief
 from ..output.plotting import check_plot, plot_conversion
-from ..source.checkpoint import ITEMSIZE, RECORD, Checkpoint, open_checkpoint
+from ..source.checkpoint import RECORD, Checkpoint, TensorHeader, open_checkpoint
 from ..source.families import refusal, source_head_dim
+from ..source.matching import match_model
 
 
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
@@ -47,19 +48,28 @@ def info(source: str, *, revision: str | None = None, plot: str | None = None) -
         floats = config.kv_floats_per_token_per_layer
         result["hf_mla_version"] = config.hf_mla_version
     else:
-        reason = refusal(config)
+        reason = refusal(config) or mismatch(checkpoint)
         result["supported"], result["reason"] = reason is None, reason
         if reason is None:
             result["head_dim"] = source_head_dim(config)
         floats = 2 * config.num_key_value_heads * result["head_dim"] if reason is None else None
     result["kv_floats_per_token_per_layer"] = floats
     if floats is not None:
-        result["kv_bytes_per_token"] = config.num_hidden_layers * floats * ITEMSIZE[checkpoint.dtype]
+        result["kv_bytes_per_token"] = config.num_hidden_layers * TensorHeader((floats,), checkpoint.dtype).bytes
     if plot is not None:
         if not converted:
             raise UserError(f"{source} is a {config.model_type!r}, not a converted model; --plot draws what a conversion measured")
         plot_conversion(conversion_file(checkpoint, revision), source, plot)
     return result
+
+
+def mismatch(checkpoint: Checkpoint) -> str | None:
+    """Why the tensors of a checkpoint of a supported family are not those of its model, or None if they are."""
+    try:
+        match_model(checkpoint)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def conversion_file(checkpoint: Checkpoint, revision: str | None) -> Path:

@@ -9,6 +9,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.matching import match_model
 
 
 DEFAULT_KV_BUDGET = 0.3125
@@ -53,29 +54,26 @@ def plan(
 
 def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, dtype: str, qk_norm: str = "exact") -> PlanReport:
     """The plan for a checked checkpoint and settled sizes; see `plan`."""
+    checkpoint = match_model(checkpoint)
     config = checkpoint.config
-    check_attention_shapes(checkpoint)
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     norms = key_norms(config, qk_norm)
     source_floats = 2 * config.num_key_value_heads * head_dim
     converted_floats = kv_lora_rank + qk_rope_head_dim + norms
     source_itemsize = ITEMSIZE[checkpoint.dtype]
-    itemsize = source_itemsize if dtype == "auto" else ITEMSIZE[DTYPES[dtype]]
-    written = 0
-    for name, tensor in checkpoint.tensors.items():
-        replaced = ".self_attn." in name
-        if not replaced:
-            written += tensor.parameters * (ITEMSIZE[tensor.dtype] if dtype == "auto" else itemsize)
+    stored = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
+    itemsize = ITEMSIZE[stored]
+    kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in checkpoint.kept.values())
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
         + (kv_lora_rank + qk_rope_head_dim) * hidden  # kv_a_proj_with_mqa
-        + kv_lora_rank  # kv_a_layernorm
         + heads * 2 * head_dim * kv_lora_rank  # kv_b_proj
         + heads * head_dim * hidden  # o_proj
         + norms * head_dim * hidden  # k_proj
     )
     if biased_projections(config):
         attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden
+    layer = attention * itemsize + kv_lora_rank * max(itemsize, 4 if stored == "F16" else 0)  # kv_a_layernorm
     return PlanReport(
         model_type=config.model_type,
         supported=True,
@@ -90,35 +88,9 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
         ),
         kv_ratio=converted_floats / source_floats,
         peak_memory_bytes=memory_estimate(checkpoint, (kv_lora_rank, qk_rope_head_dim), SCALES["cpu"].calibration),
-        bytes_read=checkpoint.bytes,
-        bytes_written=written + config.num_hidden_layers * attention * itemsize,
+        bytes_read=checkpoint.stored.bytes,
+        bytes_written=kept + config.num_hidden_layers * layer,
     )
-
-
-def check_attention_shapes(checkpoint: Checkpoint) -> None:
-    """Raise a UserError unless every layer has the attention tensors that the configuration announces."""
-    config = checkpoint.config
-    prefix = FAMILIES[config.model_type].attention
-    head_dim, hidden = source_head_dim(config), config.hidden_size
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UserError(
-            f"{checkpoint.name}: {config.num_attention_heads} query heads do not divide among "
-            f"{config.num_key_value_heads} key/value heads; config.json is wrong"
-        )
-    weights = {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-    expected: dict[str, tuple[int, ...]] = {f"{letter}_proj.weight": shape for letter, shape in weights.items()}
-    expected |= {f"{letter}_proj.bias": weights[letter][:1] for letter in biased_projections(config)}
-    if FAMILIES[config.model_type].qk_norm:
-        expected |= {"q_norm.weight": (head_dim,), "k_norm.weight": (head_dim,)}
-    for layer in range(config.num_hidden_layers):
-        for tail, shape in expected.items():
-            name = prefix.format(layer=layer) + tail
-            tensor = checkpoint.tensors.get(name)
-            if tensor is None:
-                raise UserError(f"{checkpoint.name} has no tensor {name}; config.json announces {config.num_hidden_layers} layers")
-            if tensor.shape != shape:
-                raise UserError(f"{checkpoint.name}: {name} is {list(tensor.shape)}, config.json announces {list(shape)}")
 
 
 def possible_sizes(

@@ -116,7 +116,7 @@ def trained_context(losses: Tensor) -> int:
     return length
 
 
-def loss_gradient(head: nn.Module, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def loss_gradient(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the gradient of its sum at the last hidden states.
 
     Args:

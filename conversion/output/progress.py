@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -33,7 +33,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 def work_on(
     path: Path,
     recipe: dict[str, Any],
-    sources: dict[str, Checkpoint],
+    sources: Mapping[str, Checkpoint],
     processes: Any,
     *,
     restart: bool,
@@ -95,7 +95,7 @@ def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
         write_json(recipe, folder / "recipe.json")
 
 
-def check_unchanged(sources: dict[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
+def check_unchanged(sources: Mapping[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
     """Raise a UserError if a source is not any more what it was when the work began; such work is thrown away."""
     for name, checkpoint in sources.items():
         try:
@@ -144,7 +144,7 @@ def versions() -> dict[str, str]:
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
     assert checkpoint.folder is not None
-    files = ["config.json", *sorted({tensor.file for tensor in checkpoint.tensors.values()})]
+    files = ["config.json", *checkpoint.files]
 
     def digest(name: str) -> str:
         assert checkpoint.folder is not None

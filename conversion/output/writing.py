@@ -18,6 +18,7 @@ from hf_mla.cache_mla import quantization_of
 from ..errors import UserError, brief
 from ..source.checkpoint import DTYPES, LICENCES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
 from ..source.families import FAMILIES
+from ..source.matching import ModelCheckpoint
 from ..source.tokenizer import CONFIG, custom_code, difference, load_tokenizer, read_settings
 from .card import licence, model_card
 from .folder import CARRIED_FOLDERS
@@ -72,7 +73,13 @@ def check_carried(source: Checkpoint, config: Any, tokenizer: Any) -> None:
 
 
 def write_checkpoint(
-    work: Path, source: Checkpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]], tokenizer: Any
+    work: Path,
+    source: ModelCheckpoint,
+    config: Any,
+    report: ConvertReport,
+    recipe: dict,
+    spectra: list[list[float]],
+    tokenizer: Any,
 ) -> None:
     """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
     assert source.folder is not None
@@ -82,14 +89,13 @@ def write_checkpoint(
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
     wanted = None if recipe["dtype"] == "auto" else dtype
     prefix = FAMILIES[source.config.model_type].attention
-    attention = tuple(prefix.format(layer=layer) for layer in range(config.num_hidden_layers))
     tensors = {
         name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[recipe["dtype"]])
-        for name, tensor in source.tensors.items()
-        if not name.startswith(attention)
+        for name, tensor in source.kept.items()
     }
     converted: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its name there
-    for layer, place in enumerate(attention):
+    for layer in range(config.num_hidden_layers):
+        place = prefix.format(layer=layer)
         for name, tensor in load_file(layer_file(work, layer)).items():
             tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
             converted[place + name] = layer_file(work, layer), name

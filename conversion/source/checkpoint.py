@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints on disk and on the Hub: find, check by header, read, write.
 
-* Headers first: a truncated shard, an index that names an absent one or a tensor of the wrong shape is found before any
-  weight is read.
+* Headers first: a truncated shard or an index that names an absent one is found before any weight is read. Whether the tensors
+  are those of a model is found next, in `matching.py`.
 * `ShardWriter` writes shards tensor by tensor.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, brief
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"  # of PEFT
 RECORD = "conversion.json"  # how a converted checkpoint was made
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the types that weights can have
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
 LICENCES = ["LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", "Notice*", "USE_POLICY*"]
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
@@ -51,7 +53,10 @@ class TensorHeader:
     @property
     def bytes(self) -> int:
         """Bytes of the elements."""
-        return self.parameters * ITEMSIZE[self.dtype]
+        if self.dtype in ITEMSIZE:
+            return self.parameters * ITEMSIZE[self.dtype]
+        bits = re.search(r"\d+", self.dtype)  # I64, U8, F8_E4M3; BOOL has none, and a byte
+        return math.ceil(self.parameters * int(bits[0] if bits else 8) / 8)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Checkpoint:
     folder: Path | None = field(default=None)
     """Where it lies on disk; None for a Hub checkpoint of which only headers were read."""
 
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise UserError(f"{self.name} holds no tensors; download it again")
+
     @property
     def parameters(self) -> int:
         """Number of stored parameters."""
@@ -78,11 +87,16 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The type that most parameters are stored in: "F64", "F32", "F16" or "BF16"."""
+        """The type that most parameters are stored in: "F64", "F32", "F16" or "BF16", unless all are quantized."""
         counts: dict[str, int] = {}
         for tensor in self.tensors.values():
             counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.parameters
-        return max(counts, key=lambda dtype: counts[dtype])
+        return max(counts, key=lambda dtype: (dtype in ITEMSIZE, counts[dtype]))
+
+    @property
+    def files(self) -> list[str]:
+        """The shards that hold the tensors."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
 
     def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
         """Read some tensors into memory of their own.
@@ -125,24 +139,42 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
         headers_only: of a Hub id, fetch configuration and safetensors headers only.
 
     Returns:
-        The checkpoint. Whether its family can be converted is not checked here.
+        The checkpoint. Whether its family can be converted is not checked here, nor whether its tensors are those of a model.
 
     Raises:
         UserError: there is no such folder or id, it is not a checkpoint, or a file of it is missing or damaged.
     """
     folder = user_path(source)
-    if folder.is_dir():
-        return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
-    if folder.exists():
-        raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
-    if not HUB_ID.fullmatch(source):
-        raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
-    if headers_only:
-        headers = hub_headers(source, revision)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
+        if not HUB_ID.fullmatch(source):
+            raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
+        headers = hub_headers(source, revision) if headers_only else None
         if headers is not None:
             return headers
-    folder = hub_folder(source, revision)
+        folder = hub_folder(source, revision)
+    return read_folder(folder, source)
+
+
+def read_folder(folder: Path, source: str) -> Checkpoint:
+    """Read configuration and headers of a folder, which the user called `source`."""
+    if (folder / ADAPTER).is_file():
+        refuse_adapter(source)
     return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
+
+
+def refuse_adapter(source: str) -> NoReturn:
+    """Refuse a folder with an adapter; beside a model too, for Transformers would load the one that the adapter names."""
+    raise UserError(f"{source} is an adapter ({ADAPTER}); merge it with its model (PEFT's merge_and_unload) and convert the result")
+
+
+def refuse_format(source: str) -> NoReturn:
+    """Refuse weights that are not in safetensors files."""
+    raise UserError(
+        f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}; if it has weights of "
+        "another format, load it with Transformers and save it again with save_pretrained"
+    )
 
 
 def user_path(given: str) -> Path:
@@ -175,14 +207,18 @@ def hub_folder(source: str, revision: str | None) -> Path:
 
 def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
     """Read configuration and headers of a Hub checkpoint without its weights; None when the Hub cannot be reached."""
-    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import file_exists, get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
     try:
+        if file_exists(source, ADAPTER, revision=revision):
+            refuse_adapter(source)
         metadata = get_safetensors_metadata(source, revision=revision)
         config = Path(hf_hub_download(source, "config.json", revision=revision))
+    except UserError:
+        raise
     except NotASafetensorsRepoError:
-        raise UserError(f"{source} has no safetensors weights; convert them to safetensors first") from None
+        refuse_format(source)
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         return None
     except HfHubHTTPError as error:
@@ -194,7 +230,6 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
         for file, header in metadata.files_metadata.items()
         for name, info in header.tensors.items()
     }
-    check_types(tensors, source)
     return Checkpoint(source, read_config(config.parent, source), tensors)
 
 
@@ -254,7 +289,7 @@ def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
             raise UserError(f"{source}/{INDEX} does not map tensors to files beside it; download it again")
         files = sorted(set(named.values()))
     else:
-        raise UserError(f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}")
+        refuse_format(source)
     tensors = {}
     for file in files:
         if not (folder / file).is_file():
@@ -269,17 +304,7 @@ def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
     for name, file in (named or {}).items():
         if name not in tensors or tensors[name].file != file:
             raise UserError(f"{source}/{INDEX} says that {file} holds {name}, which it does not; download it again")
-    check_types(tensors, source)
     return tensors
-
-
-def check_types(tensors: dict[str, TensorHeader], source: str) -> None:
-    """Raise a UserError if there are no tensors, or tensors of a type that is no plain floating-point number."""
-    if not tensors:
-        raise UserError(f"{source} holds no tensors; download it again")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in ITEMSIZE:
-            raise UserError(f"{source}: {name} is stored as {tensor.dtype}; supported: {', '.join(ITEMSIZE)} (unquantized)")
 
 
 class ShardWriter:

@@ -87,6 +87,8 @@ def refusal(config: Any) -> str | None:
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         if getattr(config, name) < 1:
             return f"{name} is {getattr(config, name)}; it must be positive"
+    if config.num_attention_heads % config.num_key_value_heads:
+        return f"{config.num_attention_heads} query heads do not divide among {config.num_key_value_heads} key/value heads"
     if config.max_position_embeddings < 2:
         return f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
     rope_type = config.rope_parameters["rope_type"]

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..errors import UserError, brief
-from .checkpoint import Checkpoint
+from .checkpoint import DTYPES, Checkpoint
+from .matching import match_model
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
@@ -16,18 +17,21 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     Args:
         checkpoint: what to load; on disk.
         device: where to put it.
-        dtype: what to compute in; "auto" for what is stored.
+        dtype: what to compute in; "auto" for what most of it is stored in.
         spread: put it on all GPUs, if `device` is one and there are more.
 
     Returns:
         The model; its `device` is where inputs go.
 
     Raises:
-        UserError: weights are missing, left over or of the wrong shape, or the configuration is not one of a working model.
+        UserError: the tensors are not those of a model (see `match_model`), or the library cannot load them.
     """
     from transformers import AutoModelForCausalLM
 
+    checkpoint = match_model(checkpoint)
     assert checkpoint.folder is not None
+    if dtype == "auto":
+        dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -36,10 +40,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     except Exception as error:  # any type: what a configuration can break is up to the library
         raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
     model, loading = loaded
-    for kind, what in (("missing_keys", "does not hold"), ("unexpected_keys", "holds, beyond what its config.json describes,")):
-        names = sorted(name for name in loading[kind] if not name.endswith("inv_freq"))
-        if names:
-            raise UserError(f"{checkpoint.name} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
+    assert not loading["missing_keys"], loading["missing_keys"]
     return (model if device_map else model.to(device)).eval()
 
 

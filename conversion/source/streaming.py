@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The source model one layer at a time, and its hidden states on all calibration text.
 
-* `LayerStream` builds the library's own model without weights and fills in the part that is at work; the masks and rotary
-  embeddings that a layer is called with are recorded from the model's own `forward`, so no family needs code here.
+* `LayerStream` builds the library's own model without weights and fills in the part that is at work. What comes before the
+  layers, what they are called with and what comes after them is found by running the model's own `forward` with layers that do
+  something else, so no family needs code here.
 * `allocate` puts hidden states where they fit: on the device, in memory, or in a file.
 """
 
@@ -11,7 +12,7 @@ import ctypes
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError, brief
 from .checkpoint import Checkpoint
-from .families import FAMILIES
+from .matching import empty_model, match_model
 
 
 logger = logging.getLogger(__name__)
 
+CACHE_ARGUMENTS = ("cache", "past_key_values", "use_cache")  # of a layer, in any version of Transformers
+EMBEDDED_TOKENS = 4096  # at a time: the library makes masks for them, a sequence at least
 DEVICE_SHARE, MEMORY_SHARE = 1 / 3, 1 / 2  # hidden states take at most so much of what is free there
 
 
@@ -39,96 +41,93 @@ class LayerStream:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.config = copy.deepcopy(checkpoint.config)
-        try:
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
-        except Exception as error:  # any type: what a configuration can break is up to the library
-            raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
-        self.model.eval().requires_grad_(False)
-        self.decoder = self.model.model
-        self.prefix = FAMILIES[self.config.model_type].attention.removesuffix("self_attn.")
-        self._check_names()
-        self.rotary = type(self.decoder.rotary_emb)(config=self.config).to(device)
+        self.checkpoint, self.device, self.dtype = match_model(checkpoint), device, dtype
+        self.config = copy.deepcopy(self.checkpoint.config)
+        self.model = empty_model(self.checkpoint, dtype)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self.decoder = self.model.base_model
+        self.rotary = self.decoder.rotary_emb
+        self.layers = next(module for module in self.decoder.children() if isinstance(module, nn.ModuleList))
+        self.empty = self.model.state_dict()
         self.calls: list[dict[str, Any]] = []
         """What each layer is called with besides hidden states: masks, positions, rotary embeddings of one sequence."""
 
     def __len__(self) -> int:
-        return len(self.decoder.layers)
+        return len(self.layers)
 
-    def _check_names(self) -> None:
-        """Raise a UserError unless the checkpoint holds just the tensors of the model, in its shapes."""
-        held = {name: tensor.shape for name, tensor in self.checkpoint.tensors.items() if not name.endswith("inv_freq")}
-        wanted = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        if self.config.tie_word_embeddings:
-            wanted.pop("lm_head.weight", None)
-            held.pop("lm_head.weight", None)
-        for names, what in (
-            (wanted.keys() - held.keys(), "does not hold"),
-            (held.keys() - wanted.keys(), "holds, beyond what its config.json describes,"),
-        ):
-            if names:
-                first, *more = sorted(names)
-                raise UserError(f"{self.checkpoint.name} {what} {first}" + (f" and {len(more)} more" if more else ""))
-        for name, shape in wanted.items():
-            if held[name] != shape:
-                raise UserError(f"{self.checkpoint.name}: {name} is {list(held[name])}, config.json announces {list(shape)}")
+    def names_in(self, part: nn.Module) -> list[str]:
+        """Names of all weights of a part of the model."""
+        place = next(name for name, module in self.model.named_modules() if module is part)
+        return [name for name in self.empty if name.startswith(f"{place}.")]
+
+    @contextmanager
+    def filled(self, names: list[str]) -> Iterator[None]:
+        """Give the model some of its weights for the time of the block."""
+        try:
+            self.model.load_state_dict(self.checkpoint.load(names, self.device, self.dtype), strict=False, assign=True)
+            yield
+        finally:
+            self.model.load_state_dict({name: self.empty[name] for name in names}, strict=False, assign=True)
+            give_back_memory()
+
+    @contextmanager
+    def layers_doing(self, *first: Callable[..., Tensor]) -> Iterator[None]:
+        """Let the first layers do something else than they do, and all others nothing, for the time of the block."""
+        for index, layer in enumerate(self.layers):
+            layer.forward = first[index] if index < len(first) else lambda hidden_states, *_, **__: hidden_states
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.forward
 
     def record_calls(self, window: int) -> None:
         """Set `calls` for sequences of so many tokens."""
         calls: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-            calls.append({key: value for key, value in kwargs.items() if key not in ("cache", "past_key_values", "use_cache")})
-            return hidden_states
+            calls.append({key: value for key, value in kwargs.items() if key not in CACHE_ARGUMENTS})
+            return hidden_states.to("meta")  # as the norm's weights are that come next
 
-        parts = [*self.decoder.layers, self.decoder.norm]
-        rotary, self.decoder.rotary_emb = self.decoder.rotary_emb, self.rotary
-        for part in parts:
-            part.forward = record
-        try:
-            states = torch.zeros(1, window, self.config.hidden_size, dtype=self.dtype, device=self.device)
-            with torch.no_grad():
-                self.decoder(inputs_embeds=states, use_cache=False)
-        finally:
-            self.decoder.rotary_emb = rotary
-            for part in parts:
-                del part.forward
-        self.calls = calls[: len(self)]
+        with self.layers_doing(*[record] * len(self)), torch.no_grad():
+            self.decoder(inputs_embeds=self.zeros(window), use_cache=False)
+        self.calls = calls
+
+    def zeros(self, tokens: int) -> Tensor:
+        """Hidden states of one sequence, of no meaning."""
+        return torch.zeros(1, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)
 
     @contextmanager
-    def _filled(self, module: Any, prefix: str, names: dict[str, str] | None = None) -> Iterator[Any]:
-        """Give a module its weights for the time of the block."""
-        names = names or {name: prefix + name for name in module.state_dict()}
-        weights = self.checkpoint.load(list(names.values()), self.device, self.dtype)
-        try:
-            module.load_state_dict({name: weights[source] for name, source in names.items()}, assign=True)
-            module.requires_grad_(False)
-            yield module
-        finally:
-            module.to("meta")
-            give_back_memory()
-
-    def layer(self, index: int) -> Any:
-        """A decoder layer with its weights, as a context."""
-        return self._filled(self.decoder.layers[index], self.prefix.format(layer=index))
+    def layer(self, index: int) -> Iterator[Any]:
+        """A decoder layer with its weights."""
+        with self.filled(self.names_in(self.layers[index])):
+            yield self.layers[index]
 
     @contextmanager
-    def head(self) -> Iterator[nn.Module]:
-        """The final norm and the language-model head, with weights: [B, T, D] -> [B, T, vocabulary]."""
-        tied = self.config.tie_word_embeddings
-        source = {"weight": "model.embed_tokens.weight"} if tied else None
-        with self._filled(self.decoder.norm, "model.norm.") as norm, self._filled(self.model.lm_head, "lm_head.", source) as head:
-            yield nn.Sequential(norm, head)
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """All that comes after the layers, with weights: [B, T, D] -> [B, T, vocabulary]."""
+        elsewhere = {*self.names_in(self.layers), *self.names_in(self.model.get_input_embeddings())}
+
+        def head(states: Tensor) -> Tensor:
+            with self.layers_doing(lambda *_, **__: states):
+                return self.model(inputs_embeds=self.zeros(1), use_cache=False).logits
+
+        with self.filled([name for name in self.empty if name not in elsewhere]):
+            yield head
 
     def embed(self, windows: Tensor, into: Tensor) -> None:
-        """Write the embeddings of token ids [windows, tokens] to `into` [windows, tokens, D]."""
-        with self._filled(self.decoder.embed_tokens, "model.embed_tokens.") as embedding:
-            for start in range(0, len(windows), 16):
-                into[start : start + 16] = embedding(windows[start : start + 16].to(self.device)).to(into)
+        """Write what the first layer gets for token ids [windows, tokens] to `into` [windows, tokens, D]."""
+        count = max(1, EMBEDDED_TOKENS // windows.shape[1])
+
+        def catch(hidden_states: Tensor, **_: Any) -> Tensor:
+            part.copy_(hidden_states)
+            return hidden_states.to("meta")
+
+        with self.filled(self.names_in(self.model.get_input_embeddings())), self.layers_doing(catch), torch.no_grad():
+            for ids, part in zip(windows.split(count), into.split(count), strict=True):  # noqa: B007 - `catch` fills it
+                self.decoder(input_ids=ids.to(self.device), use_cache=False)
 
 
 def give_back_memory() -> None:
