@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         if verbose:
             raise
         # The latter are of a file that is there and cannot be read.
-        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         print(f"hf-mla: {what}", file=sys.stderr)
         return 2
 

@@ -216,7 +216,7 @@ def test_heal_at_some_moments(tmp_path, capsys, source, results, kind):
     assert main(["heal", str(results / "0"), str(tmp_path / "whole"), *options, "--device", "cpu"]) == 0
     new, old = contents(tmp_path / "whole"), contents(results / "1")
     command = ["heal", str(results / "0"), str(path), *options, "--device", "cpu", "--overwrite"]
-    for count in itertools.count(15, 2 * EVERY):
+    for count in itertools.count(35, 3 * EVERY):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(results / "1", path)
         capsys.readouterr()
