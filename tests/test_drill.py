@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from hf_mla_conversion import UserError
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import convert as converter
-from hf_mla_conversion.output.folder import entries, locked
+from hf_mla_conversion.output.folder import clear, entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 
@@ -145,6 +145,23 @@ def test_every_moment_of_putting_in_place(tmp_path, monkeypatch, place, kind):
         assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
         assert {entry.name for entry in path.iterdir()} - {"lost+found", "deep"} == {"config.json", "conversion.json", "new.bin"}
     assert count > 12
+
+
+def test_every_moment_of_clearing(tmp_path):
+    """Half of a work is not taken for work to go on with, and the rest of a finished one is known as such."""
+    for count in itertools.count():
+        (tmp_path / "old").mkdir(exist_ok=True)
+        for name in ("recipe.json", "layer", "survey"):
+            (tmp_path / name).touch()
+        try:
+            with FAULTS.after(count, "kill"):
+                clear(tmp_path)
+            break
+        except Killed:
+            left = {entry.name for entry in tmp_path.iterdir()}
+            assert "recipe.json" not in left or left == {"recipe.json", "layer", "survey", "old"}
+            assert "old" in left
+    assert count == 4
 
 
 # The whole command, every so many moments.
