@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from hf_mla_conversion import UserError
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import convert as converter
-from hf_mla_conversion.output.folder import entries, locked
+from hf_mla_conversion.output.folder import clear, entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 
@@ -147,6 +147,23 @@ def test_every_moment_of_putting_in_place(tmp_path, monkeypatch, place, kind):
     assert count > 12
 
 
+def test_every_moment_of_clearing(tmp_path):
+    """Half of a work is not taken for work to go on with, and the rest of a finished one is known as such."""
+    for count in itertools.count():
+        (tmp_path / "old").mkdir(exist_ok=True)
+        for name in ("recipe.json", "layer", "survey"):
+            (tmp_path / name).touch()
+        try:
+            with FAULTS.after(count, "kill"):
+                clear(tmp_path)
+            break
+        except Killed:
+            left = {entry.name for entry in tmp_path.iterdir()}
+            assert "recipe.json" not in left or left == {"recipe.json", "layer", "survey", "old"}
+            assert "old" in left
+    assert count == 4
+
+
 # The whole command, every so many moments.
 
 
@@ -216,7 +233,7 @@ def test_heal_at_some_moments(tmp_path, capsys, source, results, kind):
     assert main(["heal", str(results / "0"), str(tmp_path / "whole"), *options, "--device", "cpu"]) == 0
     new, old = contents(tmp_path / "whole"), contents(results / "1")
     command = ["heal", str(results / "0"), str(path), *options, "--device", "cpu", "--overwrite"]
-    for count in itertools.count(15, 2 * EVERY):
+    for count in itertools.count(35, 3 * EVERY):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(results / "1", path)
         capsys.readouterr()

@@ -22,7 +22,7 @@ from ..source.checkpoint import RECORD, user_path
 
 MARK = "config.json"  # what has none is no checkpoint
 HIDDEN = ".incomplete"
-LOCK = "lock"
+LOCK, RECIPE = "lock", "recipe.json"
 PROBE = f"{HIDDEN}-probe"
 NO_CONTENT = {HIDDEN, PROBE, "lost+found"}  # the last is in every fresh file system
 CARRIED_FOLDERS = {"additional_chat_templates", "LICENSES"}  # with a checkpoint; else an output has only files
@@ -41,8 +41,8 @@ def entries(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a work folder holds, but for the lock."""
-    for entry in folder.iterdir():
+    """Remove what a work folder holds, but for the lock: first what lets it be taken up, last what shows that it is done."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: {RECIPE: 0, "old": 2}.get(entry.name, 1)):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         elif entry.name != LOCK:

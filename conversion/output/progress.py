@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..source.checkpoint import Checkpoint
-from .folder import check_free, clear, locked, put_in_place, undo, work_folder
+from .folder import RECIPE, check_free, clear, locked, put_in_place, undo, work_folder
 
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def work_on(
 
 def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
     """Take up the work in `folder`, or begin it."""
-    if (folder / "recipe.json").exists() and not restart:
-        check_recipe(json.loads((folder / "recipe.json").read_text(encoding="utf-8")), recipe, folder)
+    if (folder / RECIPE).exists() and not restart:
+        check_recipe(json.loads((folder / RECIPE).read_text(encoding="utf-8")), recipe, folder)
     else:
         clear(folder)
-        write_json(recipe, folder / "recipe.json")
+        write_json(recipe, folder / RECIPE)
 
 
 def check_unchanged(sources: Mapping[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
