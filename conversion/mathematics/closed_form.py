@@ -83,6 +83,21 @@ def mean_inverse_rms(heads: Tensor, moment: Tensor, eps: float) -> Tensor:
 
 
 @torch.no_grad()
+def keep_closed_form(mla: MLAAttention, eps: float) -> None:
+    """Make a layer in closed form one of a model whose norms on the latent have an epsilon of `eps`, in place.
+
+    Latents a million times smaller than the square root of `eps` leave it alone under the root: the norm is the identity again.
+    """
+    weight = 2.0**10
+    rank = len(mla.kv_a_layernorm.weight)
+    mla.kv_a_proj_with_mqa.weight[:rank] *= eps**0.5 / weight
+    if mla.kv_a_proj_with_mqa.bias is not None:
+        mla.kv_a_proj_with_mqa.bias[:rank] *= eps**0.5 / weight
+    mla.kv_a_layernorm.variance_epsilon = eps
+    mla.kv_a_layernorm.weight.fill_(weight)
+
+
+@torch.no_grad()
 def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tuple[MLAAttention, Tensor]:
     """Convert one attention layer in closed form.
 
