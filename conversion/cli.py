@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="a text (.txt, .txt.xz), a data set, or self, which the source writes; may be repeated (bundled prose; GPU: and self)",
     )
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
+    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context; GPU 8192, CPU 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
     add_device(convert)
     add_dtype(convert)

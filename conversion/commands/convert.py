@@ -63,6 +63,7 @@ def convert(
     qk_norm: str = "exact",
     calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
+    window: int | None = None,
     steps: int = STEPS,
     device: str = "auto",
     dtype: str = "auto",
@@ -84,8 +85,8 @@ def convert(
             means and gives a plain DeepSeek shape.
         calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
             mixed evenly. None for the bundled English prose, on a GPU mixed with "self".
-        calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU. They are taken in
-            sequences as long as the model's context, 8,192 tokens at most on a GPU and 2,048 on the CPU.
+        calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
+        window: tokens of a sequence; None for the model's context, 8,192 at most on a GPU and 2,048 on the CPU.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -117,7 +118,10 @@ def convert(
         check_repository(push_to)
     run_device = choose_device(device)
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
-    window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
+    context = checkpoint.config.max_position_embeddings
+    window = min(SCALES[run_device.type].window, context) if window is None else window
+    if not 2 <= window <= context:
+        raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
     names = text_names(calibration, checkpoint, run_device)
     share = tokens // len(names)
     texts = {
@@ -132,6 +136,7 @@ def convert(
         "source_sha256": source_fingerprint(checkpoint),
         "calibration": " and ".join(names),
         "calibration_tokens": tokens,
+        "window": window,
         "calibration_sha256": token_fingerprint(
             torch.cat([torch.empty(0, dtype=torch.long), *map(Tensor.flatten, texts.values())])
         ),
@@ -355,24 +360,29 @@ class Job:
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
         task.fit_output(mla, fit)
-        closed_form, closed = copy.deepcopy(mla), task.error(mla, judges)
+        closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
         reconstructed, kept = None, 0
         if steps:
-            mla.kv_a_layernorm.variance_epsilon = NORM_EPS
-            nn.init.ones_(mla.kv_a_layernorm.weight)
             size = min(max(1, self.scale.step // window), sum(map(len, train)))
-            seed = (self.seed * len(self.stream) + index) % 2**63
-            reconstructed, kept = reconstruct(mla, task, mixed(train, size, steps, seed), list(judges))
-            if kept:
-                before = mla.o_proj.weight.clone()
-                task.fit_output(mla, fit)
-                if (error := task.error(mla, judges)) < reconstructed:
-                    reconstructed = error
-                else:
-                    mla.o_proj.weight.copy_(before)
+            order = mixed(train, size, steps, (self.seed * len(self.stream) + index) % 2**63)
+            for slower in (1.0, 0.25):
+                mla.load_state_dict(closed_form)
+                mla.kv_a_layernorm.variance_epsilon = NORM_EPS
+                nn.init.ones_(mla.kv_a_layernorm.weight)
+                reconstructed, kept = reconstruct(mla, task, order, list(judges), slower)
+                if kept:
+                    before = mla.o_proj.weight.clone()
+                    task.fit_output(mla, fit)
+                    if (error := task.error(mla, judges)) < reconstructed:
+                        reconstructed = error
+                    else:
+                        mla.o_proj.weight.copy_(before)
+                if reconstructed < closed:
+                    break
             if not reconstructed < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
-                mla, reconstructed, kept = closed_form, closed, 0
+                mla.load_state_dict(closed_form)
                 keep_closed_form(mla, NORM_EPS)
+                reconstructed, kept = closed, 0
             if not math.isfinite(reconstructed):
                 raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}

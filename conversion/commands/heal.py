@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
 from ..errors import UserError
+from ..mathematics.closed_form import make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS, SCALES
 from ..output.card import add_healing
@@ -338,6 +339,8 @@ def training_arguments(
 
 def prepare(student: Any, train: str, lora_rank: int, seed: int) -> Any:
     """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
+    for layer in student.model.layers:
+        make_trainable(layer.self_attn)
     if train == "lora":
         from peft import LoraConfig, get_peft_model
 

@@ -110,7 +110,7 @@ def interleaved(texts: list[Tensor]) -> Tensor:
     return torch.cat(texts)[places.argsort(stable=True)]
 
 
-def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Tensor]) -> tuple[float, int]:
+def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Tensor], slower: float = 1.0) -> tuple[float, int]:
     """Train a converted layer, in place.
 
     Args:
@@ -118,6 +118,7 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Te
         task: the original.
         order: which windows make up each step, [steps, windows].
         held: windows that tell which moment of the training was the best, in batches.
+        slower: share of the usual step sizes.
 
     Returns:
         The least error on held-back windows, and after how many steps that was; `mla` is what it was then.
@@ -126,7 +127,7 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Te
     for name, parameter in mla.named_parameters():
         parameter.requires_grad_(True)
         weight = mla.get_parameter(name.replace("bias", "weight")).detach()
-        rate = RATE * (LATENT_RATE if name.startswith("kv_a_proj") else 1.0) * weight.square().mean().sqrt().item()
+        rate = slower * RATE * (LATENT_RATE if name.startswith("kv_a_proj") else 1.0) * weight.square().mean().sqrt().item()
         groups[parameter.ndim].append({"params": [parameter], "lr": rate})
     optimizers = [
         torch.optim.Muon(groups[2], momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),

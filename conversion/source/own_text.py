@@ -25,8 +25,8 @@ from .loading import compute_dtype, load_model, load_tokenizer
 
 OWN_TEXT = "self"  # in place of a text's name
 LENGTH = 1024  # tokens of a sequence, at most
-TEMPERATURES = (0.8, 1.0, 1.2)
-LEAST_SHARE = 0.03  # of the likeliest token's probability, untempered
+TEMPERATURES = (0.9, 1.0, 1.1)
+LEAST_SHARE = 0.01  # of the likeliest token's probability, untempered
 MEMORY_SHARE = 0.6  # of what is free, for keys, values and logits
 MOST_SEQUENCES = {"cuda": 2048, "cpu": 32}  # in a batch
 WRITING = -1  # in place of a position in a script
