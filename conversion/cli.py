@@ -98,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
         help="a text (.txt, .txt.xz), a data set, or self, which the source writes; may be repeated (bundled prose; GPU: and self)",
     )
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
-    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context; GPU 8192, CPU 2048)")
+    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
     add_device(convert)
     add_dtype(convert)
@@ -300,12 +300,14 @@ def read_options(path: str) -> list[str]:
     words = []
     for key, value in options.items():
         flag = f"--{str(key).replace('_', '-')}"
-        if isinstance(value, (list, dict)) or value is None:
-            raise UserError(f"--config {path}: {key} is {value!r}; give one value")
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        else:
-            words.append(f"{flag}={value}")
+        values = value if isinstance(value, list) and key == "calibration" else [value]
+        for each in values:
+            if isinstance(each, (list, dict)) or each is None:
+                raise UserError(f"--config {path}: {key} is {each!r}; give one value")
+            if isinstance(each, bool):
+                words += [flag] if each else []
+            else:
+                words.append(f"{flag}={each}")
     return words
 
 

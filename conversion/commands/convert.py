@@ -86,7 +86,7 @@ def convert(
         calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
             mixed evenly. None for the bundled English prose, on a GPU mixed with "self".
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
-        window: tokens of a sequence; None for the model's context, 8,192 at most on a GPU and 2,048 on the CPU.
+        window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -361,7 +361,7 @@ class Job:
         )
         task.fit_output(mla, fit)
         closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
-        reconstructed, kept = None, 0
+        error, kept = closed, 0
         if steps:
             size = min(max(1, self.scale.step // window), sum(map(len, train)))
             order = mixed(train, size, steps, (self.seed * len(self.stream) + index) % 2**63)
@@ -369,22 +369,23 @@ class Job:
                 mla.load_state_dict(closed_form)
                 mla.kv_a_layernorm.variance_epsilon = NORM_EPS
                 nn.init.ones_(mla.kv_a_layernorm.weight)
-                reconstructed, kept = reconstruct(mla, task, order, list(judges), slower)
+                error, kept = reconstruct(mla, task, order, list(judges), slower)
                 if kept:
                     before = mla.o_proj.weight.clone()
                     task.fit_output(mla, fit)
-                    if (error := task.error(mla, judges)) < reconstructed:
-                        reconstructed = error
+                    if (refitted := task.error(mla, judges)) < error:
+                        error = refitted
                     else:
                         mla.o_proj.weight.copy_(before)
-                if reconstructed < closed:
+                if error < closed:
                     break
-            if not reconstructed < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
+            if not error < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
                 mla.load_state_dict(closed_form)
                 keep_closed_form(mla, NORM_EPS)
-                reconstructed, kept = closed, 0
-            if not math.isfinite(reconstructed):
+                error, kept = closed, 0
+            if not math.isfinite(error):
                 raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
+        reconstructed = error if steps else None
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
@@ -443,6 +444,8 @@ def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, 
     """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
     if calibration is None:
         return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
+    if OWN_TEXT in calibration and device.type == "cuda" and not own_text_fits(checkpoint, device):
+        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
     names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
     if not names:
         raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")

@@ -24,6 +24,6 @@ class Scale:
 
 
 SCALES = {
-    "cuda": Scale(calibration=1 << 21, window=8192, step=1 << 14, batch=8192, fit=1 << 18),
+    "cuda": Scale(calibration=1 << 21, window=2048, step=1 << 14, batch=8192, fit=1 << 18),
     "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
 }

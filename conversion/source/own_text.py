@@ -175,7 +175,7 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -
 
 def own_text_fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     """Whether the whole model fits on a GPU with room to write."""
-    return 2 * checkpoint.bytes < torch.cuda.mem_get_info(device)[0]
+    return 1.5 * checkpoint.bytes < torch.cuda.mem_get_info(device)[0]
 
 
 def own_windows(checkpoint: Checkpoint, folder: Path, device: torch.device, tokens: int, window: int, seed: int) -> Tensor:
