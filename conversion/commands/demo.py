@@ -19,7 +19,6 @@ from .verify import verify
 
 PROMPT = "The captain looked at the sea and"
 NEW_TOKENS = 48
-STEPS = 320
 
 
 def demo(*, out: str | None = None) -> DemoReport:
@@ -37,7 +36,7 @@ def demo(*, out: str | None = None) -> DemoReport:
     with tempfile.TemporaryDirectory() as scratch:
         folder = out if out is not None else str(Path(scratch) / "demo-mla")
         source = str(BUNDLED / "model")
-        converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, steps=STEPS, device="cpu")
+        converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, device="cpu")
         verified = verify(folder, against=source, text=str(BUNDLED / "validation.txt.xz"), tokens=32768, device="cpu")
         return DemoReport(converted, verified, PROMPT, generate(source), generate(folder))
 
