@@ -141,7 +141,7 @@ def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: 
     return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
     """Let a model write.
 
