@@ -288,7 +288,9 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
         summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
         closed = [str(x.layer) for x in result.layers if not x.steps_kept]
         if closed:
-            summary["attention error"] += f"; no step improved layer {', '.join(closed)}, which is in closed form"
+            summary["attention error"] += (
+                f"; no step improved layer {', '.join(closed)}, in closed form: heal before other training"
+            )
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
         f"on {result.held_back_tokens:,} held-back tokens of the calibration text",
