@@ -103,8 +103,14 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
     convert.add_argument("out", metavar="OUT", help="folder to write")
     add_size(convert)
-    convert.add_argument("--calibration", metavar="FILE|DATASET", help="text (.txt, .txt.xz) or data set; default: bundled English")
-    convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 1048576, CPU 131072)")
+    convert.add_argument(
+        "--calibration",
+        action="append",
+        metavar="TEXT",
+        help="a text (.txt, .txt.xz), a data set, or self, which the source writes; may be repeated (bundled prose; GPU: and self)",
+    )
+    convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
+    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
     add_device(convert)
     add_dtype(convert)
@@ -280,12 +286,20 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
     if result.steps:
         summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
+        closed = [str(x.layer) for x in result.layers if not x.steps_kept]
+        if closed:
+            summary["attention error"] += (
+                f"; no step improved layer {', '.join(closed)}, in closed form: heal before other training"
+            )
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
         f"on {result.held_back_tokens:,} held-back tokens of the calibration text",
+        "on each text": "; ".join(f"{text.name} x {text.perplexity_ratio:.4f}" for text in result.texts),
         "time": f"{result.seconds:.0f} s",
         "output": result.output,
     }
+    if len(result.texts) < 2:
+        del summary["on each text"]
     show(result, as_json, lambda: plan_table(result) + "\n" + rows(summary))
     return 0
 
@@ -310,12 +324,14 @@ def read_options(path: str) -> list[str]:
     words = []
     for key, value in options.items():
         flag = f"--{str(key).replace('_', '-')}"
-        if isinstance(value, (list, dict)) or value is None:
-            raise UserError(f"--config {path}: {key} is {value!r}; give one value")
-        if isinstance(value, bool):
-            words += [flag] if value else []
-        else:
-            words.append(f"{flag}={value}")
+        values = value if isinstance(value, list) and key == "calibration" else [value]
+        for each in values:
+            if isinstance(each, (list, dict)) or each is None:
+                raise UserError(f"--config {path}: {key} is {each!r}; give one value")
+            if isinstance(each, bool):
+                words += [flag] if each else []
+            else:
+                words.append(f"{flag}={each}")
     return words
 
 

@@ -17,7 +17,7 @@ from hf_mla_conversion.commands import convert as converter_module
 from hf_mla_conversion.commands.convert import Job, calibration_windows
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics.measures import Comparison
-from hf_mla_conversion.mathematics.moments import second_moment
+from hf_mla_conversion.mathematics.moments import gradient_moment
 from hf_mla_conversion.mathematics.survey import gradient_moments, layer_inputs, survey, trained_context
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.streaming import LayerStream, allocate
@@ -49,7 +49,9 @@ def test_survey_equals_the_librarys_own_backward_pass(tmp_path, family, changes)
         for name, module in (("keys", key), ("values", layer.self_attn.v_proj)):
 
             def watch(_module, _args, output, place=(index, name)):
-                output.register_hook(lambda gradient: totals.__setitem__(place, second_moment(gradient.flatten(2)) / 512))
+                output.register_hook(
+                    lambda gradient: totals.__setitem__(place, sum(map(gradient_moment, gradient.flatten(2).split(2))) / 512)
+                )
 
             module.register_forward_hook(watch)
     logits = model(windows).logits
@@ -178,7 +180,7 @@ def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
 
 
 def test_layers_are_taken_one_at_a_time(tmp_path):
-    job = Job(open_checkpoint(MODEL), tmp_path, torch.zeros(8, 64, dtype=torch.long), torch.device("cpu"), 0, 0, "exact")
+    job = Job(open_checkpoint(MODEL), tmp_path, {"": torch.zeros(8, 64, dtype=torch.long)}, torch.device("cpu"), 0, 0, "exact")
     with job.stream.layer(2):
         there = {name for name, parameter in job.stream.model.named_parameters() if not parameter.is_meta}
     assert there

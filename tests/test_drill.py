@@ -102,7 +102,7 @@ def contents(folder):
 def write(path, text, *, overwrite=False):
     """A work of a few files, which goes on if the first is there."""
     alone = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
-    with work_on(path, {"text": text}, {}, alone, restart=False, overwrite=overwrite, worth="part") as folder:
+    with work_on(path, {"text": text}, {}, alone, restart=False, overwrite=overwrite, worth=["part"]) as folder:
         (folder / "part").write_text(text)
         shutil.rmtree(folder / "output", ignore_errors=True)
         (folder / "output" / "deep").mkdir(parents=True)

@@ -7,12 +7,13 @@ of all calibration text are passed through the original layer, to be what the ne
 they are stored. No layer's result depends on another's: under `accelerate launch` each process takes every n-th.
 """
 
+import copy
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,20 +26,21 @@ from tqdm.auto import tqdm
 from hf_mla.layer_mla import MLAAttention
 
 from ..errors import UserError
-from ..mathematics.closed_form import convert_attention, mla_config
+from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.moments import LayerMoments, second_moment
-from ..mathematics.reconstruct import NORM_EPS, LayerTask, reconstruct, shuffled
+from ..mathematics.reconstruct import NORM_EPS, LayerTask, interleaved, mixed, reconstruct
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.folder import check_output
 from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
-from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, with_sides
+from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, TextReport, with_sides
 from ..output.writing import check_carried, check_repository, upload, write_checkpoint
 from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, launched_processes
 from ..source.matching import match_model
+from ..source.own_text import OWN_TEXT, own_text_fits, own_windows
 from ..source.streaming import LayerStream, allocate
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_vocabulary, load_tokenizer
@@ -48,9 +50,9 @@ from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 logger = logging.getLogger(__name__)
 
 STEPS = 400
-HELD_BACK = 8  # windows, at most, that nothing is fitted to: errors are measured on them
+HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
-LONG = 1000  # steps; from here on each is twice as large, by measurement
+BUNDLED_NAME = "bundled English prose"
 
 
 def convert(
@@ -61,8 +63,9 @@ def convert(
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
     qk_norm: str = "exact",
-    calibration: str | None = None,
+    calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
+    window: int | None = None,
     steps: int = STEPS,
     device: str = "auto",
     dtype: str = "auto",
@@ -83,14 +86,15 @@ def convert(
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
-        calibration: a .txt or .txt.xz file or a data set; None for the bundled English prose.
-        calibration_tokens: how many tokens of it to use; None for 1,048,576 on a GPU, 131,072 on the CPU. They are taken in
-            sequences as long as the model's context, 8,192 tokens at most on a GPU and 2,048 on the CPU.
-        steps: reconstruction steps per layer, of 4,096 tokens on a GPU and 1,024 on the CPU (1,000 steps and more: twice that), or
-            one sequence where that is longer; 0 for the closed form alone.
+        calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
+            mixed evenly. None for the bundled English prose, on a GPU mixed with "self".
+        calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
+        window: tokens of a sequence; None for the model's context, 2,048 at most.
+        steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
+            0 for the closed form alone.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
-        seed: chooses the calibration windows and their order.
+        seed: chooses the calibration windows and their order, and what the source writes.
         revision: branch, tag or commit of a Hub id.
         restart: forget what an interrupted conversion to the same folder has done.
         overwrite: replace the output folder.
@@ -117,7 +121,12 @@ def convert(
     run_device = choose_device(device)
     processes = launched_processes(run_device)
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
-    window = min(SCALES[run_device.type].window, checkpoint.config.max_position_embeddings)
+    context = checkpoint.config.max_position_embeddings
+    window = min(SCALES[run_device.type].window, context) if window is None else window
+    if not 2 <= window <= context:
+        raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
+    names = text_names(calibration, checkpoint, run_device)
+    share = tokens // len(names)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
@@ -125,15 +134,22 @@ def convert(
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     check_carried(checkpoint, mla_config(checkpoint.config, *sizes[0], stored, qk_norm), tokenizer)
-    windows = calibration_windows(checkpoint, tokenizer, calibration, tokens, window, seed)
+    texts = {
+        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, share, window, seed)
+        for name in names
+        if name != OWN_TEXT
+    }
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
         "revision": revision,
         "source_sha256": source_fingerprint(checkpoint),
-        "calibration": calibration or "bundled English prose",
-        "calibration_tokens": windows.numel(),
-        "calibration_sha256": token_fingerprint(windows),
+        "calibration": " and ".join(names),
+        "calibration_tokens": tokens,
+        "window": window,
+        "calibration_sha256": token_fingerprint(
+            torch.cat([torch.empty(0, dtype=torch.long), *map(Tensor.flatten, texts.values())])
+        ),
         "sizes": [list(size) for size in sizes],
         "qk_norm": qk_norm,
         "steps": steps,
@@ -144,12 +160,18 @@ def convert(
     }
     if processes.num_processes > 1:
         run_device = processes.device
-    sources, kept = {"source_sha256": checkpoint}, "gradient-*"
+    sources, kept = {"source_sha256": checkpoint}, ["own-text-*.safetensors", "gradient-*"]
     with (
         repeatable(),
         work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
     ):
-        job = Job(checkpoint, folder, windows, run_device, steps, seed, qk_norm)
+        if OWN_TEXT in names:
+            if processes.is_main_process:
+                own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+            processes.wait_for_everyone()
+            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+            recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
+        job = Job(checkpoint, folder, texts, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)
         rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
@@ -162,7 +184,7 @@ def convert(
             **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
             **(job.measure(config) if processes.is_main_process else {}),
             seconds=time.perf_counter() - started,
-            calibration_tokens=windows.numel(),
+            calibration_tokens=job.windows.numel(),
             window=job.windows.shape[1],
             steps=steps,
             candidates=candidates if len(candidates) > 1 else [],
@@ -197,7 +219,7 @@ class Job:
     Args:
         checkpoint: the source.
         folder: where results are kept.
-        windows: calibration token ids [windows, tokens].
+        texts: calibration token ids [windows, tokens] of each text, by its name.
         device: where to compute.
         steps: reconstruction steps per layer.
         seed: of the order of windows.
@@ -205,23 +227,34 @@ class Job:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, windows: Tensor, device: torch.device, steps: int, seed: int, qk_norm: str
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        texts: dict[str, Tensor],
+        device: torch.device,
+        steps: int,
+        seed: int,
+        qk_norm: str,
     ) -> None:
-        self.checkpoint, self.folder, self.windows, self.device = checkpoint, folder, windows, device
+        self.checkpoint, self.folder, self.device = checkpoint, folder, device
         self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
-        self.split(windows.shape[1])
+        window = min(windows.shape[1] for windows in texts.values())
+        self.texts = {name: windows[:, :window] for name, windows in texts.items()}
+        self.split(window)
 
     def split(self, window: int) -> None:
         """Cut the calibration windows into shorter ones, and say what each is for."""
-        self.windows = self.windows.view(-1, window)
+        self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
+        self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
-        count = len(self.windows)
-        held = min(HELD_BACK, max(1, count // 8))
-        self.train, self.held = torch.arange(count).split([count - held, held])
-        self.surveyed = self.train[: max(4, SURVEY_TOKENS // window)]
+        places = torch.arange(len(self.windows)).split([len(windows) for windows in self.texts.values()])
+        held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
+        self.train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
+        self.held = {name: text[-count:] for name, text, count in zip(self.texts, places, held, strict=True)}
+        self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
         """The configuration of the converted model."""
@@ -277,10 +310,9 @@ class Job:
                 with self.stream.layer(index) as layer:
                     for rank, rope_dim in sizes:
                         config = self.config(rank, rope_dim, "float32")
-                        _, closed, reconstructed, _ = self.convert_layer(
-                            index, layer, layer_inputs(self.folder, index), config, train, held, min(self.steps, PROBE_STEPS)
-                        )
-                        measured.append(closed if reconstructed is None else reconstructed)
+                        states, steps = layer_inputs(self.folder, index), min(self.steps, PROBE_STEPS)
+                        _, report, _ = self.convert_layer(index, layer, states, config, [train], {"": held}, steps)
+                        measured.append(report.error)
                 write_json(measured, tried)
             errors.append(json.loads(tried.read_text(encoding="utf-8")))
         return [sum(column) / len(probed) for column in zip(*errors, strict=True)]
@@ -292,15 +324,11 @@ class Job:
             return
         states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
         self.stream.embed(self.windows, states)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+        stored = stored_type(config)
         for index in tqdm(range(len(self.stream)), desc="converting", unit="layer"):
             with self.stream.layer(index) as layer:
                 if not done[index] and index % processes.num_processes == processes.process_index:
-                    mla, closed, reconstructed, spectrum = self.convert_layer(
-                        index, layer, states, config, self.train, self.held, self.steps
-                    )
-                    kept = float(spectrum[: config.kv_lora_rank].sum())
-                    report = LayerReport(index, kept, closed, reconstructed)
+                    mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps)
                     metadata = {
                         "report": json.dumps(asdict(report)),
                         "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
@@ -314,48 +342,64 @@ class Job:
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
 
     def convert_layer(
-        self, index: int, layer: Any, states: Tensor, config: Any, train: Tensor, held: Tensor, steps: int
-    ) -> tuple[MLAAttention, float, float | None, Tensor]:
-        """Convert one layer.
+        self, index: int, layer: Any, states: Tensor, config: Any, train: list[Tensor], held: dict[str, Tensor], steps: int
+    ) -> tuple[MLAAttention, LayerReport, Tensor]:
+        """Convert one layer. Kept is what has the least error on held-back text: the fit, at its end or before, or the closed form.
 
         Args:
             index: which.
             layer: the original, with its weights.
             states: hidden states that enter it [windows, tokens, D].
             config: of the converted model.
-            train: windows to fit to.
-            held: windows to measure errors on.
+            train: windows of each text to fit to.
+            held: windows of each text to measure errors on, by its name.
             steps: of reconstruction.
 
         Returns:
-            The converted attention, its error in closed form and after reconstruction, and its spectrum.
+            The converted attention, its errors, and its spectrum.
         """
         rotary = type(self.stream.rotary)(config=config).to(self.device)
         call = self.stream.calls[index]
         position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
         task = LayerTask(layer, call, states, position_embeddings, self.device)
         window = states.shape[1]
-        fit = train[: max(1, self.scale.fit // window)].split(self.batch)
+        fit = interleaved(train)[: max(1, self.scale.fit // window)].split(self.batch)
+        judges = torch.cat(list(held.values())).split(self.batch)
         moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
         for part in fit:
-            moment += second_moment(task.batch(part)[0]) / (sum(map(len, fit)) * window)
+            moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
         mla, spectrum = convert_attention(
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
         task.fit_output(mla, fit)
-        closed = task.error(mla, held.split(self.batch))
-        if not steps:
-            return mla, closed, None, spectrum
-        mla.kv_a_layernorm.variance_epsilon = NORM_EPS
-        nn.init.ones_(mla.kv_a_layernorm.weight)
-        tokens = self.scale.step if steps < LONG else 2 * self.scale.step
-        size = min(max(1, tokens // window), len(train))
-        reconstruct(mla, task, shuffled(train, size, steps, seed=(self.seed * len(self.stream) + index) % 2**63))
-        task.fit_output(mla, fit)
-        reconstructed = task.error(mla, held.split(self.batch))
-        if not math.isfinite(reconstructed):
-            raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
-        return mla, closed, reconstructed, spectrum
+        closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
+        error, kept = closed, 0
+        if steps:
+            size = min(max(1, self.scale.step // window), sum(map(len, train)))
+            order = mixed(train, size, steps, (self.seed * len(self.stream) + index) % 2**63)
+            for slower in (1.0, 0.25):
+                mla.load_state_dict(closed_form)
+                mla.kv_a_layernorm.variance_epsilon = NORM_EPS
+                nn.init.ones_(mla.kv_a_layernorm.weight)
+                error, kept = reconstruct(mla, task, order, list(judges), slower)
+                if kept:
+                    before = mla.o_proj.weight.clone()
+                    task.fit_output(mla, fit)
+                    if (refitted := task.error(mla, judges)) < error:
+                        error = refitted
+                    else:
+                        mla.o_proj.weight.copy_(before)
+                if error < closed:
+                    break
+            if not error < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
+                mla.load_state_dict(closed_form)
+                keep_closed_form(mla, NORM_EPS)
+                error, kept = closed, 0
+            if not math.isfinite(error):
+                raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
+        reconstructed = error if steps else None
+        by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
+        return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
     def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
         """The reports and spectra of all layers, as they were kept."""
@@ -372,7 +416,7 @@ class Job:
     @torch.no_grad()
     def measure(self, config: Any) -> dict[str, Any]:
         """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
-        windows = self.windows[self.held]
+        windows = torch.cat([self.windows[held] for held in self.held.values()])
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
@@ -389,15 +433,39 @@ class Job:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
                 finally:
                     layer.self_attn = original
-        total = Comparison()
+        total, texts, start = Comparison(), [], 0
         with self.stream.head() as head:
 
             def logits(states: Tensor) -> Tensor:
                 return head(states.unsqueeze(0)).squeeze(0)
 
-            for first, second, ids in zip(source, converted, windows, strict=True):
-                total.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
-        return {"held_back_tokens": windows.numel(), **with_sides(total.result())}
+            for name, held in self.held.items():
+                comparison, stop = Comparison(), start + len(held)
+                for first, second, ids in zip(source[start:stop], converted[start:stop], windows[start:stop], strict=True):
+                    comparison.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
+                total.join(comparison)
+                texts.append(
+                    TextReport(name, self.texts[name].numel(), windows[start:stop].numel(), **with_sides(comparison.result()))
+                )
+                start = stop
+        return {"held_back_tokens": windows.numel(), "texts": texts, **with_sides(total.result())}
+
+
+def stored_type(config: Any) -> torch.dtype:
+    """What a converted model's numbers are stored in."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
+
+
+def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, device: torch.device) -> list[str]:
+    """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
+    if calibration is None:
+        return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
+    if OWN_TEXT in calibration and device.type == "cuda" and not own_text_fits(checkpoint, device):
+        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
+    names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
+    if not names:
+        raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")
+    return names
 
 
 def calibration_windows(

@@ -21,7 +21,6 @@ from .verify import verify
 
 PROMPT = "The captain looked at the sea and"
 NEW_TOKENS = 48
-STEPS = 320
 
 
 def demo(*, out: str | None = None) -> DemoReport:
@@ -40,7 +39,7 @@ def demo(*, out: str | None = None) -> DemoReport:
         folder = out if out is not None else str(Path(scratch) / "demo-mla")
         source = str(BUNDLED / "model")
         try:
-            converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, steps=STEPS, device="cpu")
+            converted = convert(source, folder, kv_lora_rank=44, qk_rope_head_dim=16, device="cpu")
         except UserError as error:  # its advice is for `convert`
             what, _, advice = str(error).partition("; ")
             advice = (

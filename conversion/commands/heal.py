@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 
 from ..errors import UserError, brief
+from ..mathematics.closed_form import make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS, SCALES
 from ..output.card import add_healing
@@ -155,7 +156,7 @@ def heal(
         "device": run_device.type,
         "versions": versions(),
     }
-    sources, kept = {"out_sha256": student_checkpoint, "teacher_sha256": teacher_checkpoint}, "checkpoint-*/complete"
+    sources, kept = {"out_sha256": student_checkpoint, "teacher_sha256": teacher_checkpoint}, ["checkpoint-*/complete"]
     with work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder:
         trained, resumed = folder / "trained.json", None  # the Trainer's state after the last step
         if processes.is_main_process:
@@ -356,6 +357,8 @@ def training_arguments(
 
 def prepare(student: Any, train: str, lora_rank: int, seed: int) -> Any:
     """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
+    for layer in student.model.layers:
+        make_trainable(layer.self_attn)
     if train == "lora":
         from peft import LoraConfig, get_peft_model
 

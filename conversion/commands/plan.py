@@ -171,11 +171,11 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
     window = min(scale.window, config.max_position_embeddings)
-    step, batch = max(2 * scale.step, window), max(scale.batch, window)  # a long reconstruction takes steps of twice the size
+    step, batch = max(scale.step, window), max(scale.batch, window)
     # Numbers per token that a layer keeps for its backward pass: the original's, and the converted attention's.
     original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
     converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank
-    fitting = 4 * (5 * mla + step * converted)  # weights, gradient, momentum and work space, in float32
+    fitting = 4 * (7 * mla + step * converted)  # weights, gradient, momentum, work space and what is best so far, in float32
     # In float64, and in part complex.
     closed_form = 8 * (6 * keys_values**2 + 6 * hidden**2 + 4 * queries**2 + 8 * (queries + keys_values) * hidden + 3 * mla)
     return LIBRARIES + max(

@@ -30,6 +30,7 @@ from .rotary import principal_components, rotary_queries, split_keys
 
 # RMSNorm with these is the identity, exact in float32 and bfloat16: sqrt(2**40) = 2**20 outweighs any latent.
 IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT = 2.0**40, 2.0**20
+SMALL_LATENT_WEIGHT = 2.0**10  # of a norm that is the identity because what enters it is small
 
 
 def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str = "exact") -> Any:
@@ -81,6 +82,33 @@ def mean_inverse_rms(heads: Tensor, moment: Tensor, eps: float) -> Tensor:
         [heads].
     """
     return ((heads @ moment * heads).sum(-1).mean(-1) + eps).rsqrt()
+
+
+@torch.no_grad()
+def keep_closed_form(mla: MLAAttention, eps: float) -> None:
+    """Make a layer in closed form one of a model whose norms on the latent have an epsilon of `eps`, in place.
+
+    Latents a thousand times smaller than the square root of `eps` leave it alone under the root: the norm is the identity again.
+    """
+    scale_latents(mla, eps**0.5 / SMALL_LATENT_WEIGHT)
+    mla.kv_a_layernorm.variance_epsilon = eps
+    mla.kv_a_layernorm.weight.fill_(SMALL_LATENT_WEIGHT)
+
+
+@torch.no_grad()
+def make_trainable(mla: MLAAttention) -> None:
+    """Give a layer that `keep_closed_form` made a norm that is one: the steps of an optimizer would drown latents so small."""
+    if mla.kv_a_layernorm.weight.eq(SMALL_LATENT_WEIGHT).all() and mla.kv_a_layernorm.variance_epsilon < 1:
+        scale_latents(mla, SMALL_LATENT_WEIGHT / mla.kv_a_layernorm.variance_epsilon**0.5)
+        mla.kv_a_layernorm.weight.fill_(1.0)
+
+
+def scale_latents(mla: MLAAttention, factor: float) -> None:
+    """Multiply a layer's latents, before their norm, in place."""
+    rank = len(mla.kv_a_layernorm.weight)
+    for parameter in (mla.kv_a_proj_with_mqa.weight, mla.kv_a_proj_with_mqa.bias):
+        if parameter is not None:
+            parameter[:rank] *= factor
 
 
 @torch.no_grad()

@@ -29,6 +29,11 @@ class Comparison:
         self.sums += torch.stack([*losses, divergence, agreements]).double().cpu()
         self.predictions += len(ids) - 1
 
+    def join(self, other: "Comparison") -> None:
+        """Take in all that another comparison has."""
+        self.sums += other.sums
+        self.predictions += other.predictions
+
     def add_states(
         self, source: Tensor, converted: Tensor, heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ids: Tensor
     ) -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Second moments of what a layer sees and sends back, and what is fitted with them."""
+"""Second moments of what a layer sees and sends back, and what is fitted with them.
+
+A sequence's first token is left out of both. Trained models rest their attention on it (a *sink*): its hidden state can be fifty
+times as large as any other's, and the gradient at its key is a sum over all tokens after it. Neither says anything about others.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +38,20 @@ def second_moment(rows: Tensor) -> Tensor:
     flat = rows.detach().flatten(0, -2)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     return (flat.T @ flat).double()
+
+
+CAP = 4.0  # times the median norm
+
+
+def gradient_moment(gradient: Tensor) -> Tensor:
+    """Sum of the outer products of loss gradients [B, T, m] at all tokens but each sequence's first; float64.
+
+    The few that are longer than four times the median are shortened to that: they would outweigh all others together.
+    """
+    rows = gradient.detach()[:, 1:].flatten(0, 1)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    norms = rows.norm(dim=-1, keepdim=True)
+    return second_moment(rows * (CAP * norms.median() / norms.clamp_min(torch.finfo(rows.dtype).tiny)).clamp_max(1))
 
 
 class OutputFit:

@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fit one converted layer to the original layer's attention output, on the original model's inputs.
 
-Minimises E || y - y' ||^2 / E || y ||^2 over all weights of the MLA block, the norm on the latent included. Layers do not see
+Minimises E w || y - y' ||^2 / E w || y ||^2 over all weights of the MLA block, the norm on the latent included. Layers do not see
 each other, so one is in memory at a time. docs/reconstruction.md has the measurements behind every constant here.
 
+* A token's weight w is 1 over the mean square of the residual stream that y is added to, y included: so the next norm sees it, and
+  the huge hidden states of a few tokens count no more than others.
 * Matrices move by Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), vectors by Adam.
 * Step sizes are relative: a matrix's is a share of the root mean square of its own entries, so that no model needs its own.
+* What is kept is the best on held-back text: the end, or a moment before it.
 """
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_mla.layer_mla import MLAAttention
 
@@ -21,9 +25,11 @@ from .moments import OutputFit, hooks
 
 
 NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
-RATE = 0.15  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
+RATE = 0.08  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
+LATENT_RATE = 2.0  # times that, for the projection to the latent
 MOMENTUM = 0.85
 WARMUP = 0.05  # share of the steps
+SNAPSHOTS = (0.5, 0.75)  # shares of the steps after which a layer may already be at its best
 
 
 class LayerTask:
@@ -45,10 +51,15 @@ class LayerTask:
         self.precision = torch.autocast(device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16)
 
     @torch.no_grad()
-    def batch(self, windows: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention inputs x and the original's outputs y of some windows, each [B, T, D]; y in float32 or wider."""
-        x = self.layer.input_layernorm(self.states[windows.to(self.states.device)].to(self.device))
-        return x, self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
+    def batch(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention inputs x and the original's outputs y of some windows, each [B, T, D], and the tokens' weights w [B, T, 1].
+
+        y and w are in float32 or wider.
+        """
+        states = self.states[windows.to(self.states.device)].to(self.device)
+        x = self.layer.input_layernorm(states)
+        y = self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
+        return x, y, 1 / (states + y).square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
@@ -57,24 +68,24 @@ class LayerTask:
 
     @torch.no_grad()
     def error(self, mla: MLAAttention, parts: Iterable[Tensor]) -> float:
-        """Relative squared error of the converted layer's output on some windows, given in batches."""
+        """Weighted relative squared error of the converted layer's output on some windows, given in batches."""
         wrong = total = 0.0
         for part in parts:
-            x, y = self.batch(part)
-            wrong += (self.output(mla, x) - y).double().square().sum().item()
-            total += y.double().square().sum().item()
+            x, y, w = self.batch(part)
+            wrong += ((self.output(mla, x) - y).square() * w).double().sum().item()
+            total += (y.square() * w).double().sum().item()
         return wrong / max(total, torch.finfo(torch.float64).tiny)
 
     @torch.no_grad()
     def fit_output(self, mla: MLAAttention, parts: Iterable[Tensor]) -> None:
-        """Fit `o_proj` by least squares on some windows, given in batches, in place."""
+        """Fit `o_proj` by weighted least squares on some windows, given in batches, in place."""
         fit = OutputFit(mla.o_proj.weight)
         heads: list[Tensor] = []
         with hooks([mla.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]):
             for part in parts:
-                x, y = self.batch(part)
+                x, y, w = self.batch(part)
                 residual = y - self.output(mla, x)
-                fit.add(heads.pop(), residual)
+                fit.add(heads.pop() * w.sqrt(), residual * w.sqrt())
         mla.o_proj.weight.copy_(fit.solve())
 
 
@@ -86,19 +97,38 @@ def shuffled(windows: Tensor, size: int, steps: int, seed: int) -> Tensor:
     return order[: steps * size].view(steps, size)
 
 
-def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor) -> None:
+def mixed(texts: list[Tensor], size: int, steps: int, seed: int) -> Tensor:
+    """Windows for each step, [steps, size], evenly from all texts, each text's shuffled; see `shuffled`."""
+    turns = math.ceil(steps * size / len(texts))
+    orders = [shuffled(windows, 1, turns, seed + number) for number, windows in enumerate(texts)]
+    return torch.cat(orders, dim=1).flatten()[: steps * size].view(steps, size)
+
+
+def interleaved(texts: list[Tensor]) -> Tensor:
+    """The windows of all texts: the first of each, then the second of each, and so on; none twice."""
+    places = torch.cat([torch.arange(len(windows)) for windows in texts])
+    return torch.cat(texts)[places.argsort(stable=True)]
+
+
+def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Tensor], slower: float = 1.0) -> tuple[float, int]:
     """Train a converted layer, in place.
 
     Args:
         mla: the layer; in float32 or wider.
         task: the original.
         order: which windows make up each step, [steps, windows].
+        held: windows that tell which moment of the training was the best, in batches.
+        slower: share of the usual step sizes.
+
+    Returns:
+        The least error on held-back windows, and after how many steps that was; `mla` is what it was then.
     """
     groups: dict[int, list[dict]] = {1: [], 2: []}
     for name, parameter in mla.named_parameters():
         parameter.requires_grad_(True)
         weight = mla.get_parameter(name.replace("bias", "weight")).detach()
-        groups[parameter.ndim].append({"params": [parameter], "lr": RATE * weight.square().mean().sqrt().item()})
+        rate = slower * RATE * (LATENT_RATE if name.startswith("kv_a_proj") else 1.0) * weight.square().mean().sqrt().item()
+        groups[parameter.ndim].append({"params": [parameter], "lr": rate})
     optimizers = [
         torch.optim.Muon(groups[2], momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.Adam(groups[1], betas=(0.9, 0.95)),
@@ -108,16 +138,22 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor) -> None:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
         for optimizer in optimizers
     ]
+    looks = {math.ceil(share * steps) for share in (*SNAPSHOTS, 1.0)}
+    best: tuple[float, int, dict[str, Tensor]] = (math.inf, 0, {})
     energy: Any = None
-    for windows in order:
-        x, y = task.batch(windows)
+    for step, windows in enumerate(order, 1):
+        x, y, w = task.batch(windows)
         if energy is None:
-            energy = y.square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+            energy = (y.square() * w).mean().clamp_min(torch.finfo(torch.float32).tiny)
         with torch.enable_grad():
-            loss = nn.functional.mse_loss(task.output(mla, x), y) / energy
+            loss = ((task.output(mla, x) - y).square() * w).mean() / energy
             loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+        if step in looks and (error := task.error(mla, held)) < best[0]:
+            best = error, step, copy.deepcopy(mla.state_dict())
     mla.requires_grad_(False)
+    mla.load_state_dict(best[2] or mla.state_dict())
+    return best[:2]

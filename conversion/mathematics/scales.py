@@ -17,7 +17,7 @@ class Scale:
     window: int
     """Of a calibration sequence, if the model's own context is not shorter."""
     step: int
-    """Of a reconstruction step, or one sequence; twice that where there are many steps."""
+    """Of a reconstruction step, or one sequence."""
     batch: int
     """Of a pass without training, or one sequence."""
     fit: int
@@ -25,6 +25,6 @@ class Scale:
 
 
 SCALES = {
-    "cuda": Scale(calibration=1 << 20, window=8192, step=4096, batch=8192, fit=1 << 18),
+    "cuda": Scale(calibration=1 << 21, window=2048, step=1 << 14, batch=8192, fit=1 << 18),
     "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
 }

@@ -5,7 +5,7 @@
 on the way up, and on the way down the layer is computed again from it, with gradients. It leaves, per layer,
 
 * the hidden states that enter it, from which S = E[x x^T] of the attention input follows, and
-* the second moments of the loss gradient at keys (before RoPE) and values, G_K = E[dK dK^T] and G_V.
+* the second moments of the loss gradient at keys (before RoPE) and values, G_K = E[dK dK^T] and G_V, without outliers.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..source.checkpoint import Checkpoint, load_file, save_file
 from ..source.streaming import LayerStream
-from .moments import hooks, second_moment
+from .moments import gradient_moment, hooks
 from .scales import HEAD_TOKENS
 
 
@@ -153,7 +153,7 @@ def backward(layer: Any, call: dict, states: Tensor, gradient: Tensor, batch: in
 
     def watch(name: str) -> Callable:
         def add(gradient: Tensor) -> None:
-            totals[name] += second_moment(gradient.flatten(2))
+            totals[name] += gradient_moment(gradient.flatten(2))
 
         def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
             output.register_hook(add)

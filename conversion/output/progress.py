@@ -9,7 +9,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -38,7 +38,7 @@ def work_on(
     *,
     restart: bool,
     overwrite: bool,
-    worth: str,
+    worth: Sequence[str],
 ) -> Iterator[Path]:
     """The folder for unfinished work on an output; what is in it stays if the block fails or is interrupted.
 
@@ -49,7 +49,7 @@ def work_on(
         processes: Accelerate's state; the main process looks after the folder, the others wait.
         restart: forget earlier work.
         overwrite: replace what lies at `path`.
-        worth: a pattern of files that make the folder worth keeping.
+        worth: patterns of files that make the folder worth keeping.
 
     Yields:
         The folder. The block makes `output` in it, which takes its place at `path` when the block ends.
@@ -61,7 +61,7 @@ def work_on(
     folder, main = work_folder(path), processes.is_main_process
 
     def kept() -> bool:
-        return any(folder.glob(worth)) or (folder / "old").exists()
+        return any(any(folder.glob(pattern)) for pattern in worth) or (folder / "old").exists()
 
     try:
         with locked(folder, path) if main else nullcontext():

