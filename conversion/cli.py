@@ -289,7 +289,7 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
         closed = [str(x.layer) for x in result.layers if not x.steps_kept]
         if closed:
             summary["attention error"] += (
-                f"; no step improved layer {', '.join(closed)}, in closed form: heal before other training"
+                f"; no step improved layer {', '.join(closed)}, in closed form: heal before training"
             )
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
