@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands import convert as converter_module
-from hf_mla_conversion.commands.convert import Job, calibration_windows
+from hf_mla_conversion.commands.convert import Job
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
 from hf_mla_conversion.mathematics.survey import gradient_moments, layer_inputs, survey, trained_context
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.streaming import LayerStream, allocate
+from hf_mla_conversion.source.text import calibration_windows
 
 
 FAMILIES = {

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_mla_conversion import convert, info, plan
-from hf_mla_conversion.commands.convert import calibration_windows
 from hf_mla_conversion.commands.heal import BEST, write_healed
 from hf_mla_conversion.commands.verify import compare_at
 from hf_mla_conversion.errors import UserError
@@ -22,6 +21,7 @@ from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.matching import match_model
 from hf_mla_conversion.source.streaming import LayerStream
+from hf_mla_conversion.source.text import calibration_windows
 
 
 CPU = torch.device("cpu")

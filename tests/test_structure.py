@@ -60,7 +60,7 @@ WINGS = {
     "mathematics": {"mathematics", "source"},
     "output": {"output", "mathematics", "source"},
     "commands": {"commands", "output", "mathematics", "source"},
-    None: {"commands", "source"},
+    None: {"commands", "output", "source"},
 }
 
 

@@ -40,10 +40,10 @@ from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, 
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, launched_processes
 from ..source.matching import match_model
-from ..source.own_text import OWN_TEXT, own_text_fits, own_windows
+from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
 from ..source.streaming import LayerStream, allocate
-from ..source.text import read_text, token_windows
-from ..source.tokenizer import check_vocabulary, load_tokenizer
+from ..source.text import calibration_windows
+from ..source.tokenizer import load_tokenizer
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 
 
@@ -52,7 +52,6 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
-BUNDLED_NAME = "bundled English prose"
 
 
 def convert(
@@ -454,33 +453,3 @@ class Job:
 def stored_type(config: Any) -> torch.dtype:
     """What a converted model's numbers are stored in."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
-
-
-def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, device: torch.device) -> list[str]:
-    """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
-    if calibration is None:
-        return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
-    if OWN_TEXT in calibration and device.type == "cuda" and not own_text_fits(checkpoint, device):
-        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
-    names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
-    if not names:
-        raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")
-    return names
-
-
-def calibration_windows(
-    checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int
-) -> Tensor:
-    """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
-    if tokens < 4:
-        raise UserError(f"--calibration-tokens is {tokens}; at least 4 are needed, 131072 and more are usual")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
-    text = read_text(calibration, tokens, spread=4)
-    windows = token_windows(text, tokenizer, tokens, window, seed)
-    if len(windows) == 1:
-        if windows.shape[1] < 4:
-            raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")
-        windows = windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1)
-    check_vocabulary(windows, checkpoint)
-    return windows

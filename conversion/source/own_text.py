@@ -10,6 +10,7 @@
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import UserError
 from .checkpoint import Checkpoint, load_file, save_file
 from .loading import compute_dtype, load_model
 
 
 OWN_TEXT = "self"  # in place of a text's name
+BUNDLED_NAME = "bundled English prose"
 LENGTH = 1024  # tokens of a sequence, at most
 TEMPERATURES = (0.9, 1.0, 1.1)
 LEAST_SHARE = 0.01  # of the likeliest token's probability, untempered
@@ -176,6 +179,18 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -
 def own_text_fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     """Whether the whole model fits on a GPU with room to write."""
     return 1.5 * checkpoint.bytes < torch.cuda.mem_get_info(device)[0]
+
+
+def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, device: torch.device) -> list[str]:
+    """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
+    if calibration is None:
+        return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
+    if OWN_TEXT in calibration and device.type == "cuda" and not own_text_fits(checkpoint, device):
+        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
+    names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
+    if not names:
+        raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")
+    return names
 
 
 def own_windows(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, brief
-from .checkpoint import user_path
+from .checkpoint import Checkpoint, user_path
+from .tokenizer import check_vocabulary
 
 
 if TYPE_CHECKING:
@@ -152,3 +153,21 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
     if seed is not None:
         windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     return windows[: wanted // window]
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int
+) -> "Tensor":
+    """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
+    if tokens < 4:
+        raise UserError(f"--calibration-tokens is {tokens}; at least 4 are needed, 131072 and more are usual")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
+    text = read_text(calibration, tokens, SPREAD)
+    windows = token_windows(text, tokenizer, tokens, window, seed)
+    if len(windows) == 1:
+        if windows.shape[1] < 4:
+            raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")
+        windows = windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1)
+    check_vocabulary(windows, checkpoint)
+    return windows

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands print, unless asked for JSON."""
+
+from typing import Any
+
+
+def rows(pairs: dict[str, Any]) -> str:
+    """Align names and values in two columns."""
+    width = max(map(len, pairs))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in pairs.items())
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def spread(errors: list[float]) -> str:
+    """The range of the layers' errors."""
+    return f"{min(errors):.4f} to {max(errors):.4f}"
+
+
+def plan_table(result: Any) -> str:
+    """A plan for people."""
+    return rows(
+        {
+            "model": f"{result.model_type}, {result.num_hidden_layers} layers",
+            "cache per token and layer": f"{result.kv_floats_per_token_per_layer.source:,} -> "
+            f"{result.kv_floats_per_token_per_layer.converted:,} numbers "
+            f"(latent {result.kv_lora_rank} + rotary key {result.qk_rope_head_dim})",
+            "cache per token": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
+            f"({1 - result.kv_ratio:.2%} less)",
+            "memory to convert": size(result.peak_memory_bytes),
+            "read": size(result.bytes_read),
+            "written": size(result.bytes_written),
+        }
+    )
+
+
+def convert_table(result: Any) -> str:
+    """A conversion for people: its plan, then what it gave."""
+    summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
+    if result.candidates:
+        tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
+        summary["sizes tried"] = f"{tried} (error of the attention output on held-back text; the least was chosen)"
+    summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
+    if result.steps:
+        summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
+        closed = [str(x.layer) for x in result.layers if not x.steps_kept]
+        if closed:
+            summary["attention error"] += f"; no step improved layer {', '.join(closed)}, in closed form: heal before training"
+    summary |= {
+        "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
+        f"on {result.held_back_tokens:,} held-back tokens of the calibration text",
+        "on each text": "; ".join(f"{text.name} x {text.perplexity_ratio:.4f}" for text in result.texts),
+        "time": f"{result.seconds:.0f} s",
+        "output": result.output,
+    }
+    if len(result.texts) < 2:
+        del summary["on each text"]
+    return plan_table(result) + "\n" + rows(summary)
+
+
+def verify_table(result: Any) -> str:
+    """A verification for people: a line for each context length, then the rest."""
+    lines = {
+        f"at {context.window:,} tokens": f"perplexity {context.perplexity.source:.3f} -> {context.perplexity.converted:.3f} "
+        f"(x {context.perplexity_ratio:.4f}), KL divergence {context.kl:.4f} nats, same likeliest token "
+        f"{context.top1_agreement:.1%}; on {context.tokens:,} tokens"
+        for context in result.contexts
+    }
+    lines |= {
+        "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
+        f"({result.dtype})",
+        "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
+        "verdict": result.verdict,
+    }
+    return rows(lines)
+
+
+def heal_table(result: Any) -> str:
+    """A healing for people."""
+    lines = {
+        "trained": f"{result.train}, {result.trained_parameters:,} numbers",
+        "steps": f"{result.steps:,} of {result.tokens_per_step:,} tokens, in sequences of {result.window:,}",
+        "memory": ", ".join(f"{name.replace('_', ' ')} {size(count)}" for name, count in result.memory_bytes.items()),
+    }
+    if result.output:
+        first = next(entry["perplexity"] for entry in result.history if "perplexity" in entry)
+        taken = f"{result.steps_taken:,}" + (" (nothing improved any more)" if result.stopped_early else "")
+        lines |= {
+            "steps taken": taken,
+            "held-out perplexity": f"{first:.3f} -> {result.verify.perplexity.converted:.3f}; "
+            f"source {result.verify.perplexity.source:.3f} (x {result.verify.perplexity_ratio:.4f})",
+            "verdict": result.verify.verdict,
+            "time": f"{result.seconds:.0f} s",
+            "output": result.output,
+        }
+    return rows(lines)
+
+
+def bench_table(result: Any) -> str:
+    """A benchmark for people: a line for each context and model, each ratio after what it is of."""
+    lines = [("context", "model", "ms a step", "spread", "tokens a second", "ratio", "cache", "ratio")]
+    for context in result.contexts:
+        ratios = f"x {context.speedup:.2f}", f"x {context.cache_ratio:.3f}"
+        for side, length, faster, smaller in (("source", f"{context.context:,}", "", ""), ("converted", "", *ratios)):
+            step, spread, rate, held = (
+                getattr(getattr(context, name), side)
+                for name in ("decode_ms_per_token", "spread", "decode_tokens_per_second", "cache_bytes")
+            )
+            lines.append((length, side, f"{step:.3f}", f"{spread:.1%}", f"{rate:,.0f}", faster, size(held), smaller))
+    widths = (-9, -11, 9, 9, 17, 9, 11, 9)  # negative: to the left
+    table = "\n".join(
+        "".join(f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return f"{result.device}, {result.dtype}, batch {result.batch}\n{table}"
+
+
+def demo_table(result: Any) -> str:
+    """The demo for people: both texts, then one table."""
+    texts = [f"{name}: {result.prompt}{side.text}" for name, side in (("original", result.source), ("converted", result.converted))]
+    measured = result.verify
+    lines = [("", "original (GQA)", "converted (MLA)")]
+    lines.append(
+        ("KV cache, bytes per token", f"{measured.kv_bytes_per_token.source:,}", f"{measured.kv_bytes_per_token.converted:,}")
+    )
+    lines.append(("perplexity, held-out text", f"{measured.perplexity.source:.2f}", f"{measured.perplexity.converted:.2f}"))
+    lines.append(("tokens generated", f"{result.source.new_tokens}", f"{result.converted.new_tokens}"))
+    lines.append(("KV cache after them, bytes", f"{result.source.cache_bytes:,}", f"{result.converted.cache_bytes:,}"))
+    table = "\n".join(f"{name:<27}{source:>16}{converted:>17}" for name, source, converted in lines)
+    return "\n\n".join([*texts, table, f"verdict: {measured.verdict}, for {1 - result.convert.kv_ratio:.2%} less cache"])
