@@ -83,6 +83,12 @@ def test_the_converter_is_of_four_folders_without_circles():
     list(TopologicalSorter(graph).static_order())  # raises on a circle
 
 
+def test_every_folder_is_installed():
+    packages = (CONVERTER.parent / "pyproject.toml").read_text()
+    for package in CONVERTER.glob("*/__init__.py"):
+        assert f'"hf_mla_conversion.{package.parent.name}",' in packages
+
+
 def test_every_command_has_a_file_of_its_name():
     commands = {path.stem for path in (CONVERTER / "commands").glob("[!_]*.py")}
     assert commands == set(hf_mla_conversion.__all__) - {"UserError"}
