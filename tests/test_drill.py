@@ -192,6 +192,15 @@ def line(capsys):
 EVERY = 37
 
 
+def run_with_faults(command, count, kind):
+    """The exit code of a command that writes so many times before the fault; None if it was killed."""
+    with FAULTS.after(count, kind):
+        try:
+            return main(command)
+        except Killed:
+            return None
+
+
 @pytest.mark.parametrize("kind", ["kill", "full"])
 @pytest.mark.parametrize("place", ["absent", "empty", "old"])
 def test_convert_at_any_moment(tmp_path, capsys, source, results, place, kind):
@@ -204,11 +213,7 @@ def test_convert_at_any_moment(tmp_path, capsys, source, results, place, kind):
         if place != "absent":
             shutil.copytree(results / "1", path) if old else path.mkdir()
         capsys.readouterr()
-        with FAULTS.after(count, kind):
-            try:
-                code = main(command)
-            except Killed:
-                code = None
+        code = run_with_faults(command, count, kind)
         seen, said = FAULTS.seen, line(capsys)
         if code == 2:
             assert "No space left on device" in said and contents(path) == old
@@ -237,11 +242,7 @@ def test_heal_at_some_moments(tmp_path, capsys, source, results, kind):
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(results / "1", path)
         capsys.readouterr()
-        with FAULTS.after(count, kind):
-            try:
-                code = main(command)
-            except Killed:
-                code = None
+        code = run_with_faults(command, count, kind)
         said = line(capsys)
         if code == 2:
             assert ("No space left on device" in said or "is the disk full?" in said) and contents(path) == old

@@ -1,6 +1,7 @@
 """Text that the source writes itself, several calibration texts, and what is kept of a fit."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -163,3 +164,12 @@ def test_gradients_of_sinks_and_outliers_do_not_decide():
     outlier[1, 7] *= 1000
     median = gradient[:, 1:].norm(dim=-1).median()
     assert (gradient_moment(outlier) - expected).norm() < 1.2 * (CAP * median) ** 2
+
+
+def test_texts_are_chosen_by_their_whole_names(source, monkeypatch):
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
+    assert own_text.text_names("myself.txt", None, gpu) == ["myself.txt"]
+    assert own_text.text_names(None, None, gpu) == [own_text.BUNDLED_NAME]
+    with pytest.raises(UserError, match="--calibration self needs all of"):
+        own_text.text_names(["a.txt", "self"], open_checkpoint(source), gpu)

@@ -125,6 +125,11 @@ def convert(
     if not 2 <= window <= context:
         raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
     names = text_names(calibration, checkpoint, run_device)
+    least = 4 * len(names)
+    if tokens < least:
+        raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
@@ -444,7 +449,12 @@ class Job:
                     comparison.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
                 total.join(comparison)
                 texts.append(
-                    TextReport(name, self.texts[name].numel(), windows[start:stop].numel(), **with_sides(comparison.result()))
+                    TextReport(
+                        name=name,
+                        tokens=self.texts[name].numel(),
+                        held_back_tokens=windows[start:stop].numel(),
+                        **with_sides(comparison.result()),
+                    )
                 )
                 start = stop
         return {"held_back_tokens": windows.numel(), "texts": texts, **with_sides(total.result())}

@@ -73,17 +73,25 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class TextReport:
+class Closeness:
+    """How close the models are on some text."""
+
+    perplexity: PerSide
+    perplexity_ratio: float
+    kl: float
+    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
+    top1_agreement: float
+    """Share of positions at which both models find the same token likeliest."""
+
+
+@dataclass(frozen=True)
+class TextReport(Closeness):
     """How close the models are on one of the calibration texts, on a part of it that nothing was fitted to."""
 
     name: str
     tokens: int
     """Of the text, what was held back included."""
     held_back_tokens: int
-    perplexity: PerSide
-    perplexity_ratio: float
-    kl: float
-    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -113,18 +121,12 @@ class ConvertReport(PlanReport):
 
 
 @dataclass(frozen=True)
-class ContextReport:
+class ContextReport(Closeness):
     """How close the models are on sequences of one length."""
 
     window: int
     """Tokens in a sequence."""
     tokens: int
-    perplexity: PerSide
-    perplexity_ratio: float
-    kl: float
-    """Mean Kullback-Leibler divergence of the converted model from the source, in nats per token."""
-    top1_agreement: float
-    """Share of positions at which both models find the same token likeliest."""
 
 
 @dataclass(frozen=True)

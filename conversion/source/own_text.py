@@ -185,11 +185,11 @@ def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, 
     """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
     if calibration is None:
         return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
-    if OWN_TEXT in calibration and device.type == "cuda" and not own_text_fits(checkpoint, device):
-        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
     names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
     if not names:
         raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")
+    if OWN_TEXT in names and device.type == "cuda" and not own_text_fits(checkpoint, device):
+        raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
     return names
 
 

@@ -159,10 +159,6 @@ def calibration_windows(
     checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int
 ) -> "Tensor":
     """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
-    if tokens < 4:
-        raise UserError(f"--calibration-tokens is {tokens}; at least 4 are needed, 131072 and more are usual")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     text = read_text(calibration, tokens, SPREAD)
     windows = token_windows(text, tokenizer, tokens, window, seed)
     if len(windows) == 1:
