@@ -13,8 +13,6 @@ from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert, plan, verify
-from hf_mla_conversion.commands import convert as converter_module
-from hf_mla_conversion.commands.convert import Job
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
@@ -22,6 +20,8 @@ from hf_mla_conversion.mathematics.survey import gradient_moments, layer_inputs,
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
+from hf_mla_conversion.stages import layers as layers_module
+from hf_mla_conversion.stages.layers import Job
 
 
 FAMILIES = {
@@ -171,7 +171,7 @@ def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
         assert file.stat().st_size == kept[-1].nbytes
         return kept[-1]
 
-    monkeypatch.setattr(converter_module, "allocate", watch)
+    monkeypatch.setattr(layers_module, "allocate", watch)
     monkeypatch.setattr("hf_mla_conversion.source.streaming.MEMORY_SHARE", 0.0)
     convert(source, str(tmp_path / "disk"), **options)
     assert kept[0].shape == (16, 256, 48)

@@ -10,6 +10,7 @@ from conftest import make_source
 
 from hf_mla_conversion import UserError, convert
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.stages import layers as layers_module
 
 
 OPTIONS = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "calibration_tokens": 1024, "steps": 4, "device": "cpu"}
@@ -70,7 +71,8 @@ def test_killed_again_and_again(tmp_path, source, whole):
 
 @pytest.mark.parametrize("stage", ["survey", "convert_attention", "write_checkpoint"])
 def test_interrupted_in_any_stage(tmp_path, monkeypatch, source, whole, stage):
-    original, calls = getattr(converter_module, stage), []
+    module = converter_module if stage == "write_checkpoint" else layers_module
+    original, calls = getattr(module, stage), []
 
     def stop(*arguments, **options):
         calls.append(stage)
@@ -78,14 +80,14 @@ def test_interrupted_in_any_stage(tmp_path, monkeypatch, source, whole, stage):
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(converter_module, stage, stop)
+    monkeypatch.setattr(module, stage, stop)
     with pytest.raises(KeyboardInterrupt):
         convert(source, str(tmp_path / "out"), **OPTIONS)
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     converted = []
     monkeypatch.setattr(
-        converter_module, "convert_attention", lambda *a, f=converter_module.convert_attention: converted.append(1) or f(*a)
+        layers_module, "convert_attention", lambda *a, f=layers_module.convert_attention: converted.append(1) or f(*a)
     )
     convert(source, str(tmp_path / "out"), **OPTIONS)
     assert len(converted) == {"survey": 6, "convert_attention": 4, "write_checkpoint": 0}[stage]  # of six layers
@@ -107,7 +109,7 @@ def interrupted(tmp_path, monkeypatch, source):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(converter_module, "convert_attention", stop)
+        patch.setattr(layers_module, "convert_attention", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(source), str(tmp_path / "out"), **OPTIONS)
 

@@ -1,57 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint to MLA, one layer in memory at a time.
+"""Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
 
-A survey (`survey.py`) leaves the gradient moments of all layers, and tries the ways to spend a budget. Then every layer is
-converted in closed form (`closed_form.py`), fitted to the original (`reconstruct.py`) and written to disk, and the hidden states
-of all calibration text are passed through the original layer, to be what the next one gets. All other weights are copied as
-they are stored. No layer's result depends on another's: under `accelerate launch` each process takes every n-th.
-"""
-
-import copy
-import json
-import logging
-import math
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-
-from hf_mla.layer_mla import MLAAttention
+from torch import Tensor
 
 from ..errors import UserError
-from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
-from ..mathematics.measures import Comparison
-from ..mathematics.moments import LayerMoments, second_moment
-from ..mathematics.reconstruct import NORM_EPS, LayerTask, interleaved, mixed, reconstruct
-from ..mathematics.scales import SCALES, SURVEY_TOKENS
-from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
+from ..mathematics.closed_form import mla_config
+from ..mathematics.scales import SCALES
 from ..output.folder import check_output
-from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
-from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, TextReport, with_sides
+from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on
+from ..output.reports import ConvertReport, PlanReport
 from ..output.writing import check_carried, check_repository, upload, write_checkpoint
-from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
+from ..source.checkpoint import DTYPES, open_checkpoint
 from ..source.families import refusal
-from ..source.loading import choose_device, compute_dtype, launched_processes
+from ..source.loading import choose_device, launched_processes
 from ..source.matching import match_model
 from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
-from ..source.streaming import LayerStream, allocate
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
+from ..stages.layers import Job, repeatable
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 
 
-logger = logging.getLogger(__name__)
-
 STEPS = 400
-HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
-PROBED_LAYERS, PROBE_STEPS = 3, 60
 
 
 def convert(
@@ -200,266 +174,3 @@ def convert(
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
-
-
-@contextmanager
-def repeatable() -> Iterator[None]:
-    """Make a GPU compute the same numbers every time, so that a resumed conversion ends as an uninterrupted one."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # costs time, and nothing reads it
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        settings.fill_uninitialized_memory = fill
-
-
-class Job:
-    """One conversion: the source, its calibration text, and the folder that keeps what is done.
-
-    Args:
-        checkpoint: the source.
-        folder: where results are kept.
-        texts: calibration token ids [windows, tokens] of each text, by its name.
-        device: where to compute.
-        steps: reconstruction steps per layer.
-        seed: of the order of windows.
-        qk_norm: "exact" or "fold".
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        folder: Path,
-        texts: dict[str, Tensor],
-        device: torch.device,
-        steps: int,
-        seed: int,
-        qk_norm: str,
-    ) -> None:
-        self.checkpoint, self.folder, self.device = checkpoint, folder, device
-        self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
-        self.scale = SCALES[device.type]
-        self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
-        window = min(windows.shape[1] for windows in texts.values())
-        self.texts = {name: windows[:, :window] for name, windows in texts.items()}
-        self.split(window)
-
-    def split(self, window: int) -> None:
-        """Cut the calibration windows into shorter ones, and say what each is for."""
-        self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
-        self.windows = torch.cat(list(self.texts.values()))
-        self.stream.record_calls(window)
-        self.batch = max(1, self.scale.batch // window)  # windows
-        places = torch.arange(len(self.windows)).split([len(windows) for windows in self.texts.values()])
-        held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
-        self.train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
-        self.held = {name: text[-count:] for name, text, count in zip(self.texts, places, held, strict=True)}
-        self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
-
-    def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
-        """The configuration of the converted model."""
-        config = mla_config(self.stream.config, rank, rope_dim, dtype, self.qk_norm)
-        config._attn_implementation = self.stream.model.config._attn_implementation
-        if self.steps:
-            config.kv_a_layernorm_eps = NORM_EPS
-        return config
-
-    def prepare(self, sizes: list[tuple[int, int]], processes: Any) -> list[Candidate]:
-        """Survey the model, settle the length of the windows, and try the sizes if there are several.
-
-        Args:
-            sizes: rank and rotary width of each.
-            processes: the main one does it, the others wait.
-
-        Returns:
-            The sizes with their errors.
-        """
-        surveyed, prepared = self.folder / "surveyed.json", self.folder / "prepared.json"
-        if processes.is_main_process and not surveyed.exists():
-            while (context := survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)) < self.windows.shape[1]:
-                logger.warning(
-                    "%s predicts worse beyond %s tokens of context than within: calibrating on sequences of that length",
-                    self.checkpoint.name,
-                    f"{context:,}",
-                )
-                self.split(context)
-            write_json({"window": context}, surveyed)
-        processes.wait_for_everyone()
-        self.split(json.loads(surveyed.read_text(encoding="utf-8"))["window"])
-        if processes.is_main_process and not prepared.exists():
-            errors = self.try_sizes(sizes) if len(sizes) > 1 else [0.0]
-            candidates = [asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)]
-            write_json(candidates, prepared)
-        processes.wait_for_everyone()
-        for inputs in self.folder.glob("inputs-*") if processes.is_main_process else ():
-            inputs.unlink()
-        return [Candidate(**entry) for entry in json.loads(prepared.read_text(encoding="utf-8"))]
-
-    def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
-        """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""
-        count = len(self.surveyed)
-        held = self.surveyed[count - count // 4 :] if count >= 4 else self.surveyed
-        train = self.surveyed[: count - count // 4]
-        total = len(self.stream)
-        probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
-        errors = []
-        for index in tqdm(probed, desc="trying sizes", unit="layer"):
-            tried = self.folder / f"tried-{index:04}.json"
-            if not tried.exists():
-                measured = []
-                with self.stream.layer(index) as layer:
-                    for rank, rope_dim in sizes:
-                        config = self.config(rank, rope_dim, "float32")
-                        states, steps = layer_inputs(self.folder, index), min(self.steps, PROBE_STEPS)
-                        _, report, _ = self.convert_layer(index, layer, states, config, [train], {"": held}, steps)
-                        measured.append(report.error)
-                write_json(measured, tried)
-            errors.append(json.loads(tried.read_text(encoding="utf-8")))
-        return [sum(column) / len(probed) for column in zip(*errors, strict=True)]
-
-    def convert_layers(self, config: Any, processes: Any) -> None:
-        """Convert this process's share of the layers that are not done yet."""
-        done = [layer_file(self.folder, index).exists() for index in range(len(self.stream))]
-        if all(done):
-            return
-        states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
-        self.stream.embed(self.windows, states)
-        stored = stored_type(config)
-        for index in tqdm(range(len(self.stream)), desc="converting", unit="layer"):
-            with self.stream.layer(index) as layer:
-                if not done[index] and index % processes.num_processes == processes.process_index:
-                    mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps)
-                    metadata = {
-                        "report": json.dumps(asdict(report)),
-                        "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
-                    }
-                    weights = {}
-                    for name, tensor in mla.state_dict().items():
-                        # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
-                        wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
-                        weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-                    save_file(weights, layer_file(self.folder, index), metadata)
-                advance(layer, self.stream.calls[index], states, self.batch, self.device)
-
-    def convert_layer(
-        self, index: int, layer: Any, states: Tensor, config: Any, train: list[Tensor], held: dict[str, Tensor], steps: int
-    ) -> tuple[MLAAttention, LayerReport, Tensor]:
-        """Convert one layer. Kept is what has the least error on held-back text: the fit, at its end or before, or the closed form.
-
-        Args:
-            index: which.
-            layer: the original, with its weights.
-            states: hidden states that enter it [windows, tokens, D].
-            config: of the converted model.
-            train: windows of each text to fit to.
-            held: windows of each text to measure errors on, by its name.
-            steps: of reconstruction.
-
-        Returns:
-            The converted attention, its errors, and its spectrum.
-        """
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
-        call = self.stream.calls[index]
-        position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
-        task = LayerTask(layer, call, states, position_embeddings, self.device)
-        window = states.shape[1]
-        fit = interleaved(train)[: max(1, self.scale.fit // window)].split(self.batch)
-        judges = torch.cat(list(held.values())).split(self.batch)
-        moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
-        for part in fit:
-            moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
-        mla, spectrum = convert_attention(
-            layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
-        )
-        task.fit_output(mla, fit)
-        closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
-        error, kept = closed, 0
-        if steps:
-            size = min(max(1, self.scale.step // window), sum(map(len, train)))
-            order = mixed(train, size, steps, (self.seed * len(self.stream) + index) % 2**63)
-            for slower in (1.0, 0.25):
-                mla.load_state_dict(closed_form)
-                mla.kv_a_layernorm.variance_epsilon = NORM_EPS
-                nn.init.ones_(mla.kv_a_layernorm.weight)
-                error, kept = reconstruct(mla, task, order, list(judges), slower)
-                if kept:
-                    before = mla.o_proj.weight.clone()
-                    task.fit_output(mla, fit)
-                    if (refitted := task.error(mla, judges)) < error:
-                        error = refitted
-                    else:
-                        mla.o_proj.weight.copy_(before)
-                if error < closed:
-                    break
-            if not error < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
-                mla.load_state_dict(closed_form)
-                keep_closed_form(mla, NORM_EPS)
-                error, kept = closed, 0
-            if not math.isfinite(error):
-                raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
-        reconstructed = error if steps else None
-        by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
-        return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
-
-    def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
-        """The reports and spectra of all layers, as they were kept."""
-        from safetensors import safe_open
-
-        reports, spectra = [], []
-        for index in range(len(self.stream)):
-            with safe_open(layer_file(self.folder, index), framework="pt") as file:
-                metadata = file.metadata()
-            reports.append(LayerReport(**json.loads(metadata["report"])))
-            spectra.append(json.loads(metadata["spectrum"]))
-        return reports, spectra
-
-    @torch.no_grad()
-    def measure(self, config: Any) -> dict[str, Any]:
-        """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
-        windows = torch.cat([self.windows[held] for held in self.held.values()])
-        source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
-        self.stream.embed(windows, source)
-        converted = source.clone()
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
-        for index in tqdm(range(len(self.stream)), desc="measuring", unit="layer"):
-            call = self.stream.calls[index]
-            embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
-            mla = MLAAttention(config, index)
-            mla.load_state_dict(load_file(layer_file(self.folder, index)))
-            with self.stream.layer(index) as layer:
-                advance(layer, call, source, self.batch, self.device)
-                original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
-                try:
-                    advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
-                finally:
-                    layer.self_attn = original
-        total, texts, start = Comparison(), [], 0
-        with self.stream.head() as head:
-
-            def logits(states: Tensor) -> Tensor:
-                return head(states.unsqueeze(0)).squeeze(0)
-
-            for name, held in self.held.items():
-                comparison, stop = Comparison(), start + len(held)
-                for first, second, ids in zip(source[start:stop], converted[start:stop], windows[start:stop], strict=True):
-                    comparison.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
-                total.join(comparison)
-                texts.append(
-                    TextReport(
-                        name=name,
-                        tokens=self.texts[name].numel(),
-                        held_back_tokens=windows[start:stop].numel(),
-                        **with_sides(comparison.result()),
-                    )
-                )
-                start = stop
-        return {"held_back_tokens": windows.numel(), "texts": texts, **with_sides(total.result())}
-
-
-def stored_type(config: Any) -> torch.dtype:
-    """What a converted model's numbers are stored in."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
