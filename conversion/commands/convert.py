@@ -1,31 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
 
+import logging
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
 from ..mathematics.closed_form import mla_config
+from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on
-from ..output.reports import ConvertReport, PlanReport
-from ..output.writing import check_carried, check_repository, upload, write_checkpoint
-from ..source.checkpoint import DTYPES, open_checkpoint
+from ..output.reports import Closeness, ConvertReport, HealReport, PlanReport
+from ..output.writing import check_carried, check_repository, upload, write_model, write_record
+from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import refusal
-from ..source.loading import choose_device, launched_processes
-from ..source.matching import match_model
+from ..source.loading import choose_device, compute_dtype, free_memory, launched_processes, load_model
+from ..source.matching import ModelCheckpoint, match_model
 from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
+from ..stages.end_to_end import (
+    RATES,
+    STEP_TOKENS,
+    Training,
+    batches,
+    distil,
+    history,
+    memory,
+    write_trained,
+)
+from ..stages.end_to_end import (
+    disk_estimate as training_disk,
+)
 from ..stages.layers import Job, repeatable
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 
 
+logger = logging.getLogger(__name__)
+
 STEPS = 400
+HEAL_TOKENS = {"cuda": 10_000_000, "cpu": 0}
+TRAINED = "all"  # by the end-to-end stage
 
 
 def convert(
@@ -40,6 +60,7 @@ def convert(
     calibration_tokens: int | None = None,
     window: int | None = None,
     steps: int = STEPS,
+    heal_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -65,6 +86,8 @@ def convert(
         window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone.
+        heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
+            None for 10,000,000 on a GPU that has the memory, else 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order, and what the source writes.
@@ -105,13 +128,18 @@ def convert(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
+    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+    config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
+    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, planned.bytes_written, window, run_device)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    if heal_tokens:
+        numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
+        room += planned.bytes_written + training_disk(numbers, numbers)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
-    check_carried(checkpoint, mla_config(checkpoint.config, *sizes[0], stored, qk_norm), tokenizer)
+    check_carried(checkpoint, config, tokenizer)
     texts = {
         name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, share, window, seed)
         for name in names
@@ -131,6 +159,7 @@ def convert(
         "sizes": [list(size) for size in sizes],
         "qk_norm": qk_norm,
         "steps": steps,
+        "heal_tokens": heal_tokens,
         "dtype": dtype,
         "seed": seed,
         "device": run_device.type,
@@ -157,10 +186,24 @@ def convert(
         job.convert_layers(config, processes)
         processes.wait_for_everyone()
         layers, spectra = job.reports()
+        main, output = processes.is_main_process, folder / "output"
+        measured = job.closeness(job.measure(config)) if main else {}
+        if heal_tokens:
+            after_layers = folder / "layers"
+            if main and not after_layers.exists():
+                write_model(folder, after_layers, checkpoint, config, dtype, tokenizer)
+            processes.wait_for_everyone()
+            stage, comparisons = end_to_end(checkpoint, open_checkpoint(str(after_layers)), job, heal_tokens, seed, processes)
+            measured |= {"end_to_end": stage}
+            if main:
+                alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
+                measured |= {"layers_alone": alone, **job.closeness(comparisons)}
+        elif main:
+            write_model(folder, output, checkpoint, config, dtype, tokenizer)
         planned = make_plan(checkpoint, rank, rope_dim, dtype, qk_norm)
         report = ConvertReport(
             **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
-            **(job.measure(config) if processes.is_main_process else {}),
+            **measured,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),
             window=job.windows.shape[1],
@@ -169,8 +212,100 @@ def convert(
             layers=layers,
             output=str(path),
         )
-        if processes.is_main_process:
-            write_checkpoint(folder, checkpoint, config, report, recipe, spectra, tokenizer)
+        if main:
+            write_record(output, checkpoint, config, report, recipe, spectra)
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
+
+
+def trainable_tokens(
+    wanted: int | None, source: ModelCheckpoint, config: Any, bytes_written: int, window: int, device: torch.device
+) -> int:
+    """Tokens of the end-to-end stage: as many as wanted, or what is usual where there is memory for it.
+
+    Args:
+        wanted: as given, or None.
+        source: the source.
+        config: of the converted model.
+        bytes_written: of the converted model.
+        window: tokens in a sequence.
+        device: where to compute.
+
+    Returns:
+        Tokens; 0 for no such stage.
+
+    Raises:
+        UserError: it was asked for, and there is not the memory.
+    """
+    if wanted is not None and wanted < 0:
+        raise UserError(
+            f"--heal-tokens is {wanted}; allowed: 0 (the layers alone) or more, {HEAL_TOKENS['cuda']} are usual on a GPU"
+        )
+    tokens = HEAL_TOKENS[device.type] if wanted is None else wanted
+    if not tokens:
+        return 0
+    numbers = bytes_written // ITEMSIZE[source.dtype]
+    dtype = compute_dtype(source, device)
+    micro, accumulated = batches(STEP_TOKENS[device.type], window, device, 1)
+    training = Training(TRAINED, 1, RATES[TRAINED], micro, accumulated, 0)
+    needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
+    free = free_memory(device)
+    if needed <= free:
+        return tokens
+    lack = f"training the whole model takes about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
+    if wanted is not None:
+        raise UserError(f"{lack}; give --heal-tokens 0, and use `hf-mla heal` afterwards: with --train lora, or on several GPUs")
+    logger.warning("%s: the layers alone are converted; use `hf-mla heal` afterwards, with --train lora or on several GPUs", lack)
+    return 0
+
+
+def end_to_end(
+    source: ModelCheckpoint, converted: Checkpoint, job: Job, tokens: int, seed: int, processes: Any
+) -> tuple[HealReport, dict[str, Comparison]]:
+    """Train the whole model to predict what its source predicts, and write it to `job.folder`/output.
+
+    Args:
+        source: the source.
+        converted: what the layers gave.
+        job: their work, with the text.
+        tokens: to train on.
+        seed: of their order.
+        processes: Accelerate's state.
+
+    Returns:
+        What was done, and on the main process how close the models are on each text's held-back windows.
+    """
+    windows, window = job.windows[torch.cat(job.train)], job.windows.shape[1]
+    step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
+    micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
+    step_tokens = micro * accumulated * processes.num_processes * window
+    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, seed)
+    dtypes = compute_dtype(converted, job.device), compute_dtype(source, job.device)
+    original = load_model(source, torch.device("cpu"), dtypes[1])
+    held = torch.cat([job.windows[places] for places in job.held.values()])
+    begun = time.perf_counter()
+    state = distil(converted, original, windows, held, job.folder, training, job.device, processes)
+    report = HealReport(
+        train=training.what,
+        steps=training.steps,
+        tokens_per_step=step_tokens,
+        window=window,
+        trained_parameters=converted.parameters,
+        memory_bytes=memory(
+            converted.config, (converted.parameters, source.parameters, converted.parameters), dtypes, training, window, job.device
+        ),
+        steps_taken=state.global_step,
+        stopped_early=state.global_step < training.steps,
+        seconds=time.perf_counter() - begun,
+        history=history(state.log_history),
+    )
+    comparisons: dict[str, Comparison] = {}
+    if processes.is_main_process:
+        output = write_trained(converted, job.folder, training)
+        trained_model = load_model(open_checkpoint(str(output)), job.device, dtypes[0])
+        original = original.to(job.device)
+        for name, places in job.held.items():
+            comparisons[name] = Comparison()
+            comparisons[name].add_models(original, trained_model, job.windows[places])
+    return report, comparisons

@@ -9,6 +9,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.loading import free_memory
 from ..source.matching import match_model
 
 
@@ -218,10 +219,7 @@ def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: A
     Raises:
         UserError: it does not fit.
     """
-    import psutil
-    import torch
-
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = free_memory(device)
     needed = max(memory_estimate(checkpoint, size, 0, device.type) for size in sizes) - LIBRARIES
     if needed > available:
         raise UserError(

@@ -58,6 +58,10 @@ class Training:
     lora_rank: int = LORA_RANK
     gradient_checkpointing: bool = False
 
+    def tokens_per_step(self, window: int, processes: int) -> int:
+        """Of windows of so many tokens, over all processes."""
+        return self.micro * self.accumulated * processes * window
+
 
 def batches(tokens: int, window: int, device: torch.device, processes: int) -> tuple[int, int]:
     """Windows in a forward pass of a process, and forward passes in a step of about so many tokens over all processes."""
@@ -110,7 +114,7 @@ def distil(
             # Transformers 5.23 has a new name for it.
             name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
             getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        callback = Healing(training.micro * training.accumulated * processes.num_processes * windows.shape[1])
+        callback = Healing(training.tokens_per_step(windows.shape[1], processes.num_processes))
         trainer = DistillationTrainer(
             teacher=original.requires_grad_(False),
             folder=folder,
@@ -172,6 +176,19 @@ def memory(
         "activations": training.micro * window * kept * width + HEAD_TOKENS * config.vocab_size * 16 + head,
     }
     return parts | {"total": sum(parts.values())}
+
+
+def disk_estimate(model: int, trained: int) -> int:
+    """Bytes on disk of the best weights and of three checkpoints: the oldest goes when the newest is written.
+
+    Args:
+        model: numbers that a checkpoint has, in float32: of adapters, or of the whole model.
+        trained: numbers that are trained.
+
+    Returns:
+        Bytes.
+    """
+    return 4 * trained + 3 * (4 * model + 8 * trained)
 
 
 def prepare(student: Any, training: Training) -> Any:

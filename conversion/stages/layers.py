@@ -260,8 +260,8 @@ class Job:
         return reports, spectra
 
     @torch.no_grad()
-    def measure(self, config: Any) -> dict[str, Any]:
-        """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
+    def measure(self, config: Any) -> dict[str, Comparison]:
+        """Compare the converted layers with the source on each text's held-back windows, a layer of each at a time."""
         windows = torch.cat([self.windows[held] for held in self.held.values()])
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
@@ -279,27 +279,27 @@ class Job:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
                 finally:
                     layer.self_attn = original
-        total, texts, start = Comparison(), [], 0
+        comparisons = {name: Comparison() for name in self.held}
+        names = [name for name, held in self.held.items() for _ in held]
         with self.stream.head() as head:
 
             def logits(states: Tensor) -> Tensor:
                 return head(states.unsqueeze(0)).squeeze(0)
 
-            for name, held in self.held.items():
-                comparison, stop = Comparison(), start + len(held)
-                for first, second, ids in zip(source[start:stop], converted[start:stop], windows[start:stop], strict=True):
-                    comparison.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
-                total.join(comparison)
-                texts.append(
-                    TextReport(
-                        name=name,
-                        tokens=self.texts[name].numel(),
-                        held_back_tokens=windows[start:stop].numel(),
-                        **with_sides(comparison.result()),
-                    )
-                )
-                start = stop
-        return {"held_back_tokens": windows.numel(), "texts": texts, **with_sides(total.result())}
+            for name, first, second, ids in zip(names, source, converted, windows, strict=True):
+                comparisons[name].add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
+        return comparisons
+
+    def closeness(self, comparisons: dict[str, Comparison]) -> dict[str, Any]:
+        """What was measured on each text's held-back windows, and on all together, as fields of a `ConvertReport`."""
+        total, texts = Comparison(), []
+        for name, comparison in comparisons.items():
+            total.join(comparison)
+            held = len(self.held[name]) * self.windows.shape[1]
+            texts.append(
+                TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **with_sides(comparison.result()))
+            )
+        return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
 
 
 def stored_type(config: Any) -> torch.dtype:
