@@ -25,6 +25,7 @@ from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
 from ..stages.end_to_end import (
+    EVALUATIONS,
     RATES,
     STEP_TOKENS,
     Training,
@@ -44,7 +45,9 @@ from .plan import check_memory, disk_estimate, make_plan, possible_sizes
 logger = logging.getLogger(__name__)
 
 STEPS = 400
-HEAL_TOKENS = {"cuda": 10_000_000, "cpu": 0}
+STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
+HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
+TIMES_READ = 4  # the end-to-end stage reads each token so many times, if the texts are long enough
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -59,7 +62,7 @@ def convert(
     calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
     window: int | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
     heal_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -85,9 +88,9 @@ def convert(
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
         window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
-            0 for the closed form alone.
+            0 for the closed form alone. None for 400, and 200 where the whole model is trained afterwards.
         heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
-            None for 10,000,000 on a GPU that has the memory, else 0.
+            None for 16,000,000 on a GPU that has the memory, else 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order, and what the source writes.
@@ -104,7 +107,7 @@ def convert(
         UserError: something in the arguments or the source does not allow it.
     """
     started = time.perf_counter()
-    if steps < 0:
+    if steps is not None and steps < 0:
         raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
     checkpoint = open_checkpoint(source, revision)
     reason = refusal(checkpoint.config)
@@ -130,10 +133,13 @@ def convert(
     share = tokens // len(names)
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
-    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, planned.bytes_written, window, run_device)
+    numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
+    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)
+    if steps is None:
+        steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
+    read = max(share, heal_tokens // len(names) // TIMES_READ)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
     if heal_tokens:
-        numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
         room += planned.bytes_written + training_disk(numbers, numbers)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
@@ -141,7 +147,7 @@ def convert(
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
     texts = {
-        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, share, window, seed)
+        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
         for name in names
         if name != OWN_TEXT
     }
@@ -174,11 +180,11 @@ def convert(
     ):
         if OWN_TEXT in names:
             if processes.is_main_process:
-                own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+                own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
             processes.wait_for_everyone()
-            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
-        job = Job(checkpoint, folder, texts, run_device, steps, seed, qk_norm)
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)
         rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
@@ -220,7 +226,7 @@ def convert(
 
 
 def trainable_tokens(
-    wanted: int | None, source: ModelCheckpoint, config: Any, bytes_written: int, window: int, device: torch.device
+    wanted: int | None, source: ModelCheckpoint, config: Any, numbers: int, window: int, device: torch.device
 ) -> int:
     """Tokens of the end-to-end stage: as many as wanted, or what is usual where there is memory for it.
 
@@ -228,7 +234,7 @@ def trainable_tokens(
         wanted: as given, or None.
         source: the source.
         config: of the converted model.
-        bytes_written: of the converted model.
+        numbers: weights of the converted model.
         window: tokens in a sequence.
         device: where to compute.
 
@@ -245,10 +251,9 @@ def trainable_tokens(
     tokens = HEAL_TOKENS[device.type] if wanted is None else wanted
     if not tokens:
         return 0
-    numbers = bytes_written // ITEMSIZE[source.dtype]
     dtype = compute_dtype(source, device)
     micro, accumulated = batches(STEP_TOKENS[device.type], window, device, 1)
-    training = Training(TRAINED, 1, RATES[TRAINED], micro, accumulated, 0)
+    training = Training(TRAINED, 1, RATES[TRAINED], micro, accumulated, 0, EVALUATIONS)
     needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
     free = free_memory(device)
     if needed <= free:
@@ -276,11 +281,11 @@ def end_to_end(
     Returns:
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
-    windows, window = job.windows[torch.cat(job.train)], job.windows.shape[1]
+    windows, window = torch.cat([job.windows[torch.cat(job.train)], job.more]), job.windows.shape[1]
     step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
     micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
     step_tokens = micro * accumulated * processes.num_processes * window
-    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, seed)
+    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, seed, EVALUATIONS)
     dtypes = compute_dtype(converted, job.device), compute_dtype(source, job.device)
     original = load_model(source, torch.device("cpu"), dtypes[1])
     held = torch.cat([job.windows[places] for places in job.held.values()])

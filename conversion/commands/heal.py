@@ -40,6 +40,7 @@ from .verify import check_pair, compare
 
 
 STEPS = 1000
+PATIENCE = 10  # evaluations without a new best after which healing stops; a high learning rate hides what its decay will bring
 HELD_BACK = 32  # windows, at most, that measure whether to go on
 
 
@@ -118,19 +119,14 @@ def heal(
             student_checkpoint.config,
             (student_checkpoint.parameters, teacher_checkpoint.parameters, trained),
             (compute_dtype(student_checkpoint, run_device), compute_dtype(teacher_checkpoint, run_device)),
-            Training(train, steps, 0.0, micro, accumulated, seed, lora_rank, gradient_checkpointing),
+            Training(train, steps, 0.0, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing),
             window,
             run_device,
         ),
     )
     folders = [student_checkpoint.folder, teacher_checkpoint.folder]
-    path = check_output(
-        dest,
-        folders,
-        student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained),
-        processes,
-        overwrite=overwrite,
-    )
+    room = student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained)
+    path = check_output(dest, folders, room, processes, overwrite=overwrite)
     if dry_run:
         return plan
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
@@ -149,7 +145,7 @@ def heal(
         )
     rate = RATES[train] if learning_rate is None else learning_rate
     # Gradient checkpointing changes no result, so the recipe does not mention it.
-    training = Training(train, steps, rate, micro, accumulated, seed, lora_rank, gradient_checkpointing)
+    training = Training(train, steps, rate, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing)
     recipe = {
         "out": out,
         "out_sha256": source_fingerprint(student_checkpoint),

@@ -72,7 +72,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
     steps = f"each layer was then fitted to the original's attention output in {report.steps:,} steps"
     stage = report.end_to_end
     whole = (
-        f"then {TRAINED[stage.train]} were trained to predict what the source predicts (Kullback-Leibler divergence), on "
+        f"; then {TRAINED[stage.train]} were trained to predict what the source predicts (Kullback-Leibler divergence), on "
         f"{stage.steps_taken * stage.tokens_per_step:,} tokens of the same text"
         if stage
         else ""
@@ -91,9 +91,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         load=report.output.rstrip("/").rsplit("/", 1)[-1],
         tokens=report.calibration_tokens,
         calibration=recipe["calibration"],
-        method="the closed form"
-        + (f", and {steps}" if report.steps else " alone, nothing trained")
-        + (f"; {whole}" if stage else ""),
+        method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing fitted") + whole,
         copied="Nothing but the tokenizer" if stage and stage.train == "all" else "Everything but the attention",
         held=report.held_back_tokens,
         before=report.perplexity.source,

@@ -65,7 +65,8 @@ class Job:
     Args:
         checkpoint: the source.
         folder: where results are kept.
-        texts: calibration token ids [windows, tokens] of each text, by its name.
+        texts: token ids [windows, tokens] of each text, by its name.
+        tokens: of each text to calibrate the layers on; the rest is for the end-to-end stage alone.
         device: where to compute.
         steps: reconstruction steps per layer.
         seed: of the order of windows.
@@ -77,6 +78,7 @@ class Job:
         checkpoint: Checkpoint,
         folder: Path,
         texts: dict[str, Tensor],
+        tokens: int,
         device: torch.device,
         steps: int,
         seed: int,
@@ -87,12 +89,15 @@ class Job:
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())
-        self.texts = {name: windows[:, :window] for name, windows in texts.items()}
+        count = max(2, tokens // window)
+        self.texts = {name: windows[:count, :window] for name, windows in texts.items()}
+        self.more = torch.cat([windows[count:, :window] for windows in texts.values()])
         self.split(window)
 
     def split(self, window: int) -> None:
         """Cut the calibration windows into shorter ones, and say what each is for."""
         self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
+        self.more = self.more.reshape(-1, window)
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
@@ -295,10 +300,8 @@ class Job:
         total, texts = Comparison(), []
         for name, comparison in comparisons.items():
             total.join(comparison)
-            held = len(self.held[name]) * self.windows.shape[1]
-            texts.append(
-                TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **with_sides(comparison.result()))
-            )
+            held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
+            texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
         return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
 
 
