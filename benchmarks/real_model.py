@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Convert to each size, and compare."""
     tokenizer, source = AutoTokenizer.from_pretrained(options.model), load(options.model)
     texts = {
-        name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
+        name: token_windows(read_text(file, options.tokens, tokenizer=tokenizer), tokenizer, options.tokens, 1024)
         for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
         if file is not None
     }

@@ -128,7 +128,7 @@ def heal(
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
     check_same_tokenizer(student_checkpoint.folder, out, tokenizer, teacher, trust_remote_code)
     most = (steps * step_tokens // window + HELD_BACK) * window
-    windows = token_windows(read_text(text, most), tokenizer, most, window, seed)
+    windows = token_windows(read_text(text, most, tokenizer=tokenizer), tokenizer, most, window, seed)
     check_vocabulary(windows, student_checkpoint)
     unit = micro * processes.num_processes  # windows in a forward pass of all processes, which evaluations are whole numbers of
     held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
