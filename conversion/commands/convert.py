@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -33,14 +34,14 @@ from ..mathematics.reconstruct import NORM_EPS, LayerTask, interleaved, mixed, r
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.folder import check_output
-from ..output.progress import layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
+from ..output.progress import earlier_recipe, layer_file, source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import Candidate, ConvertReport, LayerReport, PlanReport, TextReport, with_sides
 from ..output.writing import check_carried, check_repository, upload, write_checkpoint
 from ..source.checkpoint import DTYPES, Checkpoint, load_file, open_checkpoint, save_file
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, launched_processes
 from ..source.matching import match_model
-from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
+from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.streaming import LayerStream, allocate
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
@@ -63,6 +64,7 @@ def convert(
     qk_rope_head_dim: int | None = None,
     qk_norm: str = "exact",
     calibration: str | Sequence[str] | None = None,
+    keep_own_text: bool = False,
     calibration_tokens: int | None = None,
     window: int | None = None,
     steps: int = STEPS,
@@ -85,8 +87,10 @@ def convert(
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
-        calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
-            mixed evenly. None for the bundled English prose, on a GPU mixed with "self".
+        calibration: a .txt file, a .jsonl file with texts or chats (see `read_text`), either as .xz, a data set of such, or "self"
+            for text that the source writes itself; or several of these, mixed evenly. None for the bundled English prose, mixed
+            with "self" where there is memory for it, and on a CPU no more than a fifth of the time of the fit.
+        keep_own_text: leave what the source wrote in the output, as own_text.jsonl.
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
         window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
@@ -124,14 +128,22 @@ def convert(
     window = min(SCALES[run_device.type].window, context) if window is None else window
     if not 2 <= window <= context:
         raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
-    names = text_names(calibration, checkpoint, run_device)
+    earlier = None if restart else earlier_recipe(out).get("calibration")
+    fitted = steps * max(SCALES[run_device.type].step, window)
+    # Each process has its own idea of the memory that is free.
+    names = broadcast_object_list([text_names(calibration, checkpoint, run_device, tokens, fitted, earlier)])[0]
+    if keep_own_text and OWN_TEXT not in names:
+        raise UserError(
+            f"--keep-own-text keeps what the source writes, the text here is {' and '.join(names)}; add --calibration self"
+        )
     least = 4 * len(names)
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    own = share if OWN_TEXT in names else 0
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, own)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
@@ -175,6 +187,8 @@ def convert(
             processes.wait_for_everyone()
             texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
+        elif calibration is None and processes.is_main_process:
+            logger.warning(ALONE, source)
         job = Job(checkpoint, folder, texts, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         best = min(candidates, key=lambda candidate: candidate.error)
@@ -197,6 +211,8 @@ def convert(
         )
         if processes.is_main_process:
             write_checkpoint(folder, checkpoint, config, report, recipe, spectra, tokenizer)
+            if keep_own_text:
+                write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), folder / "output" / "own_text.jsonl")
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
