@@ -293,7 +293,7 @@ def own_windows(
                 f"{sum(sizes[number] for number in missing) * length:,}",
                 minutes_to_write(model, tokenizer, [sizes[number] for number in missing], length),
             )
-        with tqdm(total=len(missing) * length, desc=f"writing {count:,} sequences", unit="token") as bar:
+        with tqdm(total=len(missing) * length, desc=f"writing {count:,} sequences", unit="step") as bar:
             for number in missing:
                 ids = write_text(model, tokenizer, sizes[number], length, (seed * len(files) + number) % 2**63, bar.update)
                 save_file({"ids": ids.int()}, files[number])
