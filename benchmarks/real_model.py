@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.model)
     tokenizer, source = load_tokenizer(checkpoint.folder, options.model), load_model(checkpoint, DEVICE, DTYPE)
     texts = {
-        name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
+        name: token_windows(read_text(file, options.tokens, tokenizer=tokenizer), tokenizer, options.tokens, 1024)
         for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
         if file is not None
     }

@@ -108,8 +108,10 @@ def parser() -> argparse.ArgumentParser:
         "--calibration",
         action="append",
         metavar="TEXT",
-        help="a text (.txt, .txt.xz), a data set, or self, which the source writes; may be repeated (bundled prose; GPU: and self)",
+        help="a text (.txt, .jsonl with text or messages, either as .xz), a data set, or self, which the source writes; may be "
+        "repeated (bundled prose, and self where there is memory and time)",
     )
+    convert.add_argument("--keep-own-text", action="store_true", default=None, help="leave what the source wrote in own_text.jsonl")
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
     convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
@@ -132,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     verify = command("verify", run_verify, "measure a converted model against its source")
     verify.add_argument("out", metavar="OUT", help="converted checkpoint")
     verify.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
-    verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .txt.xz) or data set")
+    verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .jsonl, or either as .xz) or data set")
     verify.add_argument("--tokens", type=int, metavar="N", help="tokens of it to use (98304)")
     verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
     add_device(verify)
@@ -143,7 +145,9 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("out", metavar="OUT", help="converted checkpoint")
     heal.add_argument("dest", metavar="DEST", help="folder to write")
     heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
-    heal.add_argument("--text", required=True, metavar="FILE", help="text (.txt, .txt.xz) or data set; a part is held back")
+    heal.add_argument(
+        "--text", required=True, metavar="FILE", help="text (.txt, .jsonl, or either as .xz) or data set; a part is held back"
+    )
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
     heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")
     heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")
@@ -253,8 +257,9 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla convert`."""
     from .commands.convert import convert
 
-    result = convert(**given(options))
-    show(result, as_json, lambda: convert_table(result))
+    result: Any = convert(**given(options))
+    if result.perplexity is not None:  # of several processes, the main one knows the result
+        show(result, as_json, lambda: convert_table(result))
     return 0
 
 

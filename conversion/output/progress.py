@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..source.checkpoint import Checkpoint
+from ..source.checkpoint import Checkpoint, user_path
 from .folder import RECIPE, check_free, clear, locked, put_in_place, undo, work_folder
 
 
@@ -93,6 +93,15 @@ def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
     else:
         clear(folder)
         write_json(recipe, folder / RECIPE)
+
+
+def earlier_recipe(out: str) -> dict[str, Any]:
+    """The recipe of unfinished work on an output, as the user gave it; empty if there is none that can be read."""
+    try:
+        recipe = json.loads((work_folder(user_path(out).resolve()) / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # the last from links in a circle
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
 
 
 def check_unchanged(sources: Mapping[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
