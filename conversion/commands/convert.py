@@ -132,7 +132,7 @@ def convert(
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
-    path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
+    path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
