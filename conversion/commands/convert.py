@@ -78,7 +78,7 @@ def convert(
     """Convert a GQA or MHA checkpoint to MLA. When it was interrupted or killed, the same call goes on where it stopped.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         out: the folder to write; one that is not there appears when the conversion is complete.
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.

@@ -72,7 +72,7 @@ def heal(
     Args:
         out: the converted checkpoint.
         dest: the folder to write; one that is not there appears when all is done.
-        teacher: what `out` was converted from; a folder or a Hub id.
+        teacher: what `out` was converted from; a folder, a .gguf file or a Hub id.
         text: a .txt or .txt.xz file, or a data set; a part of it is held back to measure on.
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".

@@ -35,7 +35,12 @@ LAYER_NAMES = {  # after blk.N. and model.layers.N.
 }
 FREQUENCIES = "rope_freqs.weight"  # what each rotary frequency is divided by: "llama3" is told in no other way
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # of all that there are
-TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id", "unk_token": "unknown_token_id"}
+TOKENS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}
 ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # each ends what is generated
 CHUNK = 1 << 22  # numbers dequantized at a time: some copies of them in float32 are in memory
 
@@ -91,7 +96,7 @@ class GGUFFile:
                     f"{source}: {tensor.name} is stored as {tensor.tensor_type.name}, which the package gguf cannot dequantize "
                     f"({brief(error)}); give a file of another quantization"
                 ) from None
-        self.dtype = "float32" if all(tensor.tensor_type.name in ("F32", "F64") for tensor in reader.tensors) else "bfloat16"
+        self.dtype = "float32" if all(tensor.tensor_type.name == "F32" for tensor in reader.tensors) else "bfloat16"
 
     def field(self, key: str) -> Any:
         """What the header says under a key, or None."""
@@ -179,7 +184,11 @@ class GGUFFile:
             return found
         if kind in ("none", "default") and factor in (None, 0.0, 1.0):
             return {"rope_type": "default", "rope_theta": theta}
-        return {"rope_type": "linear" if kind in ("none", "default") else kind, "rope_theta": theta, "factor": decimal(factor or 1.0)}
+        return {
+            "rope_type": "linear" if kind in ("none", "default") else kind,
+            "rope_theta": theta,
+            "factor": decimal(factor or 1.0),
+        }
 
     def tensor(self, name: str, dtype: Any) -> "Tensor":
         """Dequantize a tensor, some rows at a time."""
@@ -224,7 +233,9 @@ class GGUFFile:
             place = self.field(f"tokenizer.ggml.{key}")
             setattr(tokenizer, token, None if place is None else words[place])
         tokenizer.save_pretrained(folder)
-        generation = {name: self.field(f"tokenizer.ggml.{TOKENS[name.removesuffix('_id')]}") for name in ("bos_token_id", "pad_token_id")}
+        generation = {
+            name: self.field(f"tokenizer.ggml.{TOKENS[name.removesuffix('_id')]}") for name in ("bos_token_id", "pad_token_id")
+        }
         ends = list(dict.fromkeys(end for key in ENDS if (end := self.field(f"tokenizer.ggml.{key}")) is not None))
         generation["eos_token_id"] = ends if len(ends) > 1 else next(iter(ends), None)
         kept = {name: value for name, value in generation.items() if value is not None}
