@@ -218,14 +218,16 @@ def test_whole_way(tmp_path, llama):
         heal(out, str(tmp_path / "files"), **healing)
 
 
-def test_quantized_gives_bfloat16(tmp_path, llama):
-    model, _ = llama
-    file, out = write_gguf(tmp_path / "it.gguf", model, "Q8_0"), str(tmp_path / "out")
-    report = convert(file, out, **OPTIONS)
-    assert report.bytes_read < report.bytes_written
-    assert {tensor.dtype for tensor in open_checkpoint(out).tensors.values()} == {"BF16"}
-    source = load_model(open_checkpoint(file), CPU, "auto")
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(out).model.embed_tokens.weight, source.model.embed_tokens.weight)
+def test_quantized_is_converted_as_if_it_had_been_unpacked(tmp_path, llama):
+    file, folder = write_gguf(tmp_path / "it.gguf", llama[0], "Q8_0"), tmp_path / "unpacked"
+    checkpoint = open_checkpoint(file)
+    load_model(checkpoint, CPU, torch.bfloat16).save_pretrained(folder)
+    load_tokenizer(checkpoint.folder, file).save_pretrained(folder)
+    reports = [convert(source, str(tmp_path / out), **OPTIONS) for source, out in ((file, "out"), (str(folder), "same"))]
+    assert reports[0].bytes_read < reports[1].bytes_read
+    assert {tensor.dtype for tensor in open_checkpoint(str(tmp_path / "out")).tensors.values()} == {"BF16"}
+    first, second = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "same"))
+    assert first == second
 
 
 def test_interrupted_work_goes_on_with_the_same_file_alone(tmp_path, monkeypatch, llama):
