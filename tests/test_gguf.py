@@ -15,8 +15,7 @@ from test_cli import refuses
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, heal, info, plan, verify
-from hf_mla_conversion.commands import convert as converter_module
-from hf_mla_conversion.output.progress import source_fingerprint
+from hf_mla_conversion.output import progress
 from hf_mla_conversion.source import gguf_file
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.gguf_file import LAYER_NAMES, NAMES
@@ -237,15 +236,19 @@ def test_interrupted_work_goes_on_with_the_same_file_alone(tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(converter_module, "convert_attention", stop)
+        patch.setattr(progress, "put_in_place", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(file), out, **OPTIONS)
     write_gguf(tmp_path / "it.gguf", llama[0], fields=[("add_description", "another")])
     with pytest.raises(UserError, match="unfinished work with other it.gguf of source_sha256"):
         convert(str(file), out, **OPTIONS)
     shutil.copy(llama[1], file)
-    monkeypatch.setattr(converter_module, "survey", stop)  # done already
-    convert(str(file), out, **OPTIONS)
+    layers = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").glob("layer-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "put_in_place", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(str(file), out, **OPTIONS)
+    assert layers == {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").glob("layer-*")} != {}
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch, llama):
@@ -253,7 +256,7 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch, llama):
     checkpoint = open_checkpoint(llama[1])
     assert [place.parent for place in (checkpoint.folder, *tmp_path.iterdir())] == [tmp_path, tmp_path]
     assert not list(checkpoint.folder.glob("*.gguf")) and load_tokenizer(checkpoint.folder, "it").eos_token_id == 1
-    assert list(source_fingerprint(checkpoint)) == ["captain.gguf"]
+    assert list(progress.source_fingerprint(checkpoint)) == ["captain.gguf"]
     del checkpoint
     gc.collect()
     assert not list(tmp_path.iterdir())
