@@ -121,8 +121,8 @@ def heal(
             student_checkpoint, teacher_checkpoint, train, lora_rank, micro * window, run_device, gradient_checkpointing
         ),
     )
-    read = [student_checkpoint.folder, teacher_checkpoint.folder, *teacher_checkpoint.paths.values()]
-    path = check_output(dest, read, disk_estimate(student_checkpoint, train, plan), processes, overwrite=overwrite)
+    folders = [student_checkpoint.folder, teacher_checkpoint.folder, *teacher_checkpoint.paths.values()]
+    path = check_output(dest, folders, disk_estimate(student_checkpoint, train, plan), processes, overwrite=overwrite)
     if dry_run:
         return plan
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
