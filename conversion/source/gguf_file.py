@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in a .gguf file, as llama.cpp keeps them: read where they lie, tensor by tensor, by the package `gguf` (an extra).
 
-* Nothing is unpacked to disk: to dequantize a tensor again takes about as long as to read it in bfloat16.
+* Nothing is unpacked to disk: to dequantize a layer each time it is read is a few hundredths of a conversion's time.
 * The file's own words make the configuration: Transformers' loader passes over scaled frequencies and Qwen3's width of a head.
 * Llama's converter to GGUF interleaves the two halves of each head's queries and keys; that is undone.
 """
