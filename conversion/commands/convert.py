@@ -78,7 +78,7 @@ def convert(
     """Convert a GQA or MHA checkpoint to MLA. When it was interrupted or killed, the same call goes on where it stopped.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         out: the folder to write; one that is not there appears when the conversion is complete.
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
@@ -152,7 +152,7 @@ def convert(
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, read if OWN_TEXT in names else 0)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
-    path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
+    path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)

@@ -71,7 +71,7 @@ def heal(
     Args:
         out: the converted checkpoint.
         dest: the folder to write; one that is not there appears when all is done.
-        teacher: what `out` was converted from; a folder or a Hub id.
+        teacher: what `out` was converted from; a folder, a .gguf file or a Hub id.
         text: a file or a data set, as for `convert`; a part of it is held back to measure on.
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
@@ -124,7 +124,7 @@ def heal(
             run_device,
         ),
     )
-    folders = [student_checkpoint.folder, teacher_checkpoint.folder]
+    folders = [student_checkpoint.folder, teacher_checkpoint.folder, *teacher_checkpoint.paths.values()]
     room = student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained)
     path = check_output(dest, folders, room, processes, overwrite=overwrite)
     if dry_run:

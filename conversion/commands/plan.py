@@ -30,7 +30,7 @@ def plan(
     """Say what converting `source` would give and take, reading configuration and safetensors headers only.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         kv_budget: share of the original cache to keep, in (0, 1], split by a rule here, by measurement in `convert`; or give
             the two sizes.
         kv_lora_rank: width of the latent.

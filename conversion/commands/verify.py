@@ -43,7 +43,7 @@ def verify(
 
     Args:
         out: the converted checkpoint.
-        against: its source, a folder or a Hub id.
+        against: its source, a folder, a .gguf file or a Hub id.
         text: a .txt or .jsonl file, or either as .xz, that neither training nor calibration saw, or a data set.
         tokens: how many tokens of it to use, from its start.
         max_ratio: the highest perplexity ratio that passes, at any length; None passes any.

@@ -151,17 +151,14 @@ def versions() -> dict[str, str]:
 
 
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
-    assert checkpoint.folder is not None
-    files = ["config.json", *checkpoint.files]
+    """SHA-256 of config.json and of every shard, or of a .gguf file, by file name; for a Hub checkpoint these are what it shows."""
 
-    def digest(name: str) -> str:
-        assert checkpoint.folder is not None
-        with open(checkpoint.folder / name, "rb") as file:
+    def digest(path: Path) -> str:
+        with open(path, "rb") as file:
             return file_digest(file)
 
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(digest, files), strict=True))
+        return dict(zip(checkpoint.paths, pool.map(digest, checkpoint.paths.values()), strict=True))
 
 
 def file_digest(file: Any) -> str:
