@@ -61,6 +61,39 @@ def bench(result: dict[str, Any]) -> str:
     return f"Batch {result['batch']}, {result['dtype']}, {where}:\n\n{table(header, rows)}"
 
 
+def real_model(result: dict[str, Any]) -> str:
+    """What conversions of a real model cost: all of them by perplexity and by the mean of the tasks, the first by each task."""
+    first, *_ = conversions = result["conversions"]
+    places = [("books", 1024), ("wikitext-2", 1024), ("own text", 1024), ("books", 8192), ("wikitext-2", 8192)]
+    titles = [text if window == 1024 else f"{text}, {window:,}" for text, window in places]
+    originals = {(text["text"], text["window"]): text["perplexity"]["source"] for text in first["texts"]}
+    header = ["latent + rotary key", "cache", "stage", *titles, "tasks, mean accuracy", "seconds"]
+    rows = []
+    for conversion in sorted(conversions, key=lambda made: (-made["kv_ratio"], made["heal_tokens"], made["seed"])):
+        ratios = {(text["text"], text["window"]): f"x {text['perplexity_ratio']:.3f}" for text in conversion["texts"]}
+        means = conversion.get("task_means")
+        tasks = f"{percent(means['source'])} -> {percent(means['converted'])} (+- {percent(means['error'])})" if means else "-"
+        seconds = "-" if conversion["seconds"] is None else f"{conversion['seconds']:,.0f}"
+        costs = [*(ratios.get(place, "-") for place in places), tasks, seconds]
+        ratio = conversion["kv_ratio"]
+        numbers = f"{cache(conversion)} of {(conversion['kv_lora_rank'] + conversion['qk_rope_head_dim']) / ratio:.0f}"
+        rows.append([numbers, f"-{100 * (1 - ratio):.4g} %", stage(conversion, conversions), *costs])
+    tokens = f"{first['texts'][0]['tokens']:,} tokens each, {result['device']}"
+    perplexities = ", ".join(
+        f"{title} {originals[place]:.2f}" for title, place in zip(titles, places, strict=True) if place in originals
+    )
+    text = f"Ratios to the original's perplexity ({perplexities}), {tokens}:\n\n{table(header, rows)}"
+    if first.get("tasks"):
+        rows = []
+        for task, score in first["tasks"].items():
+            change = f"{100 * (score['converted'] - score['source']):+.2f} (+- {percent(score['error'])})"
+            scores = (percent(score[side]) for side in ("source", "converted"))
+            rows.append([task, score["kind"], f"{score['questions']:,}", *scores, change])
+        header = ["task", "kind", "questions", "original", "converted", "difference (and its standard error)"]
+        text += f"\n\nAccuracy in percent, {cache(first)}, {stage(first, conversions)}:\n\n{table(header, rows)}"
+    return text
+
+
 def training(result: dict[str, Any]) -> str:
     """Tokens per second in training and in reading a prompt."""
     rows = []
@@ -77,6 +110,24 @@ def training(result: dict[str, Any]) -> str:
 def machine(facts: dict[str, Any]) -> str:
     """A machine in words: its device, then names and versions."""
     return ", ".join([facts["device"], *(f"{name} {version}" for name, version in facts.items() if name != "device")])
+
+
+def cache(conversion: dict[str, Any]) -> str:
+    """The numbers that a conversion caches, of the latent and of the rotary key."""
+    return f"{conversion['kv_lora_rank']} + {conversion['qk_rope_head_dim']}"
+
+
+def stage(conversion: dict[str, Any], conversions: list[dict[str, Any]]) -> str:
+    """How far a conversion went, with its seed where others differ from it in that alone."""
+    tokens = conversion["heal_tokens"]
+    alike = [other for other in conversions if (cache(other), other["heal_tokens"]) == (cache(conversion), tokens)]
+    seed = f", seed {conversion['seed']}" if len({other["seed"] for other in alike}) > 1 else ""
+    return (f"+ {tokens / 1e6:.3g} M tokens" if tokens else "layers alone") + seed
+
+
+def percent(share: float) -> str:
+    """A share in percent, without the sign."""
+    return f"{100 * share:.2f}"
 
 
 def size(row: dict[str, Any]) -> str:
@@ -105,6 +156,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": bench,
     "decode_kernel": decode_kernel,
+    "real_model": real_model,
     "training": training,
     "whole_model": whole_model,
 }

@@ -1,4 +1,4 @@
-"""The figures in README.md are those of the result files, and of nothing else."""
+"""The figures in README.md and the pictures in docs/ are those of the result files, and of nothing else."""
 
 import json
 import re
@@ -32,6 +32,42 @@ WHOLE_ROWS = [
     },
     {"batch": 64, "context": 8192, "milliseconds_per_token": {"converted": 8.0}, "spread": {"converted": [8, 8]}},
     {"batch": 1, "context": 2048, "milliseconds_per_token": {"converted": None, "gqa": 3.0}, "spread": {"gqa": [3, 3]}},
+]
+
+
+def conversion(latent, tokens=0, seed=0, ratios=(), **more):
+    """An entry of real_model.json, of a model with 384 numbers; ratios on three texts, and on books in windows of 8,192."""
+    places = (("books", 1024), ("wikitext-2", 1024), ("own text", 1024), ("books", 8192))
+    texts = [
+        {"text": text, "window": window, "tokens": 32768, "perplexity": {"source": 37.268}, "perplexity_ratio": ratio}
+        for (text, window), ratio in zip(places, ratios, strict=False)
+    ]
+    made = {"kv_lora_rank": latent, "qk_rope_head_dim": 32, "kv_ratio": (latent + 32) / 384, "heal_tokens": tokens, "seed": seed}
+    stage = {"layers_alone": None, "end_to_end": None, "frontier": None}
+    return made | stage | {"texts": texts, "tasks": {}, "seconds": 412.4} | more
+
+
+LAYERS = [
+    {"layer": 0, "error_closed_form": 0.2, "error_reconstructed": 0.1, "steps_kept": 300},
+    {"layer": 1, "error_closed_form": 0.3, "error_reconstructed": 0.3, "steps_kept": 0},
+]
+TASKS = {"boolq": {"kind": "rc_5shot", "questions": 3270, "source": 0.6, "converted": 0.5911, "error": 0.0061}}
+TRAINED = {
+    "layers_alone": {"perplexity": {"source": 20.0}},
+    "end_to_end": {
+        "tokens_per_step": 500_000,
+        "history": [
+            {"step": 0, "perplexity": 30.0},
+            {"step": 1, "divergence": 0.3, "tokens_per_second": 1},
+            {"step": 2, "divergence": 0.2, "tokens_per_second": 1},
+            {"step": 2, "perplexity": 22.0},
+        ],
+    },
+}
+FRONTIER = [
+    {"kv_lora_rank": 8, "qk_rope_head_dim": 8, "kv_ratio": 0.04, "predicted_ratio": 1e9, "measured_ratio": None},
+    {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "kv_ratio": 0.125, "predicted_ratio": 1.3, "measured_ratio": None},
+    {"kv_lora_rank": 88, "qk_rope_head_dim": 32, "kv_ratio": 0.3125, "predicted_ratio": 1.07, "measured_ratio": 1.05},
 ]
 
 
@@ -73,3 +109,66 @@ def test_whole_model(tmp_path):
     assert "| 1 x 2048 | - | 3 (3 to 3) | - | - | - |" in text
     assert text.index("| 1 x 2048") < text.index("| 16 x 16384") < text.index("| 64 x 8192")  # whatever was measured first
     assert text.endswith("Largest batch that fits at 32k tokens: converted 96, GQA 30, DeepSeek-V3 -.")
+
+
+def test_real_model(tmp_path):
+    means = {"source": 0.5, "converted": 0.49756, "error": 0.0031}
+    healed = conversion(88, 10_000_000, ratios=(1.04, 1.28, 1.0996, 1.05), tasks=TASKS, task_means=means, layers=LAYERS)
+    others = [conversion(88, 10_000_000, seed=1, ratios=(1.041,)), conversion(88, ratios=(1.1, 1.6)), conversion(160, seconds=None)]
+    text = figures(tmp_path, "real_model", {"device": "Some GPU", "conversions": [healed, *others]})
+    about, _, head, _, *rows, _, title, _, header, _, task = text.splitlines()
+    originals = ", ".join(f"{name} 37.27" for name in ("books", "wikitext-2", "own text", "books, 8,192"))
+    assert about == f"Ratios to the original's perplexity ({originals}), 32,768 tokens each, Some GPU:"
+    assert {line.count("|") for line in (head, *rows)} == {11} and header.count("|") == task.count("|")
+    assert rows == [  # the largest cache first, then what was trained longer and longer
+        "| 160 + 32 of 384 | -50 % | layers alone | - | - | - | - | - | - | - |",
+        "| 88 + 32 of 384 | -68.75 % | layers alone | x 1.100 | x 1.600 | - | - | - | - | 412 |",
+        "| 88 + 32 of 384 | -68.75 % | + 10 M tokens, seed 0 | x 1.040 | x 1.280 | x 1.100 | x 1.050 | - | "
+        "50.00 -> 49.76 (+- 0.31) | 412 |",
+        "| 88 + 32 of 384 | -68.75 % | + 10 M tokens, seed 1 | x 1.041 | - | - | - | - | - | 412 |",
+    ]
+    assert title == "Accuracy in percent, 88 + 32, + 10 M tokens, seed 0:"
+    assert task == "| boolq | rc_5shot | 3,270 | 60.00 | 59.11 | -0.89 (+- 0.61) |"
+    plain = figures(tmp_path, "real_model", {"device": "Some GPU", "conversions": [others[1]]})
+    assert plain.splitlines()[-1].startswith("| 88 + 32 of 384 | -68.75 % | layers alone |"), "no tasks, no table of tasks"
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """The script that draws, by its names."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return runpy.run_path(str(BENCHMARKS / "pictures.py"))
+
+
+def drawn(axes):
+    """The lines of a diagram by their names, as points."""
+    return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
+
+
+def test_pictures(pictures):
+    last = conversion(160, 1_000_000, frontier=FRONTIER, **TRAINED)
+    result = {"conversions": [conversion(88, layers=LAYERS), conversion(88, 1_000_000, **TRAINED), last]}
+    errors, steps = pictures["layer_errors"](result).axes
+    assert drawn(errors) == {"closed form": [(0, 0.2), (1, 0.3)], "fitted": [(0, 0.1), (1, 0.3)]}
+    assert [bar.get_height() for bar in steps.patches] == [300, 0] and "88 + 32 (-68.75 %)" in errors.get_title()
+    divergence, ratio = pictures["training_curve"](result).axes
+    names = ["88 + 32, 1 M tokens", "160 + 32, 1 M tokens"]
+    assert drawn(divergence) == dict.fromkeys(names, [(0.5, 0.3), (1, 0.2)])
+    assert drawn(ratio) == dict.fromkeys(names, [(0, 1.5), (1, 1.1)])
+    assert {text.get_text() for text in ratio.texts} == set(names)
+    (axes,) = pictures["frontier"](result).axes
+    assert list(drawn(axes).values()) == [[(12.5, 1.3), (31.25, 1.07)], [(31.25, 1.05)]]
+    assert {text.get_text() for text in axes.texts} == {"32 + 16, predicted", "88 + 32", "measured x 1.050"}
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (divergence, ratio, axes))
+
+
+def test_pictures_are_of_what_there_is(pictures, tmp_path):
+    closed = [layer | {"error_reconstructed": None, "steps_kept": 0} for layer in LAYERS]
+    result = {"conversions": [conversion(88, layers=closed)]}
+    assert list(drawn(pictures["layer_errors"](result).axes[0])) == ["closed form"]
+    pictures["draw_all"](result, tmp_path / "docs")
+    (file,) = (tmp_path / "docs").iterdir()
+    before = file.read_bytes()
+    assert file.name == "layer_errors.svg" and b"</svg>" in before
+    pictures["draw_all"](result, tmp_path / "docs")
+    assert file.read_bytes() == before
