@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
 
+import math
 import time
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +15,7 @@ from ..mathematics.closed_form import mla_config
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on
-from ..output.reports import ConvertReport, PlanReport
+from ..output.reports import Candidate, ConvertReport, FrontierPoint, PlanReport
 from ..output.writing import check_carried, check_repository, upload, write_checkpoint
 from ..source.checkpoint import DTYPES, open_checkpoint
 from ..source.families import refusal
@@ -21,8 +24,9 @@ from ..source.matching import match_model
 from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
+from ..stages.frontier import search
 from ..stages.layers import Job, repeatable
-from .plan import check_memory, disk_estimate, make_plan, possible_sizes
+from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
 
 
 STEPS = 400
@@ -35,6 +39,7 @@ def convert(
     kv_budget: float | None = None,
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
+    max_ratio: float | None = None,
     qk_norm: str = "exact",
     calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
@@ -57,6 +62,8 @@ def convert(
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
+        max_ratio: or take the smallest cache whose perplexity, measured on held-back calibration text, is at most so many times the
+            source's; several are converted to find it.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
         calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
@@ -87,9 +94,17 @@ def convert(
     reason = refusal(checkpoint.config)
     if reason is not None:
         raise UserError(f"{source}: {reason}")
-    sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    if max_ratio is None:
+        sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    elif (kv_budget, kv_lora_rank, qk_rope_head_dim) != (None, None, None):
+        raise UserError("--max-ratio looks for the size; give it without --kv-budget, --kv-lora-rank and --qk-rope-head-dim")
+    elif not 1 < max_ratio < math.inf:
+        raise UserError(f"--max-ratio is {max_ratio}; allowed: more than 1, the source's own perplexity; 1.05 is usual")
+    else:
+        sizes = size_ladder(checkpoint.config, qk_norm)
     checkpoint = match_model(checkpoint)
-    planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
+    plans = [make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes]
+    planned = plans[0 if max_ratio is None else -1]
     assert planned.bytes_written is not None and checkpoint.folder is not None
     run_device = choose_device(device)
     processes = launched_processes(run_device)
@@ -105,7 +120,7 @@ def convert(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, 1 if max_ratio is None else 2)
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
@@ -149,23 +164,39 @@ def convert(
             processes.wait_for_everyone()
             texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
+        recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
-        best = min(candidates, key=lambda candidate: candidate.error)
-        rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
-        config = job.config(rank, rope_dim, stored)
-        job.convert_layers(config, processes)
-        processes.wait_for_everyone()
-        layers, spectra = job.reports()
-        planned = make_plan(checkpoint, rank, rope_dim, dtype, qk_norm)
+
+        @cache
+        def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
+            config = job.config(rank, rope_dim, stored)
+            job.convert_layers(config, processes)
+            processes.wait_for_everyone()
+            return config, job.measure(config) if processes.is_main_process else {}
+
+        def measured_ratio(size: Candidate) -> float:
+            return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
+
+        frontier: list[FrontierPoint] = []
+        if max_ratio is None:
+            best = min(candidates, key=lambda candidate: candidate.error)
+        else:
+            kv_ratios = [plan.kv_ratio for plan in plans if plan.kv_ratio is not None]
+            best, frontier = search(folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)
+            candidates = []
+        config, measures = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
+        layers, spectra = job.reports(config)
+        planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
         report = ConvertReport(
             **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
-            **(job.measure(config) if processes.is_main_process else {}),
+            **measures,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),
             window=job.windows.shape[1],
             steps=steps,
             candidates=candidates if len(candidates) > 1 else [],
+            frontier=frontier,
             layers=layers,
             output=str(path),
         )

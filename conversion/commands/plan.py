@@ -13,6 +13,7 @@ from ..source.matching import match_model
 
 
 DEFAULT_KV_BUDGET = 0.3125
+LADDER = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # of the original cache, for --max-ratio
 LIBRARIES = 500_000_000  # bytes that Python, torch and Transformers take
 
 
@@ -144,6 +145,14 @@ def possible_sizes(
     return [(min(floats - dim, config.hidden_size), dim) for dim in (rule, *near)]
 
 
+def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
+    """Rank and rotary width of caches from small to large, as a rule splits them; see `possible_sizes`."""
+    least = 6 + key_norms(config, qk_norm)
+    source = 2 * config.num_key_value_heads * source_head_dim(config)
+    shares = [share for share in LADDER if math.floor(share * source) >= least]
+    return list(dict.fromkeys(possible_sizes(config, share, None, None, qk_norm)[0] for share in shares))
+
+
 def computed_width(checkpoint: Checkpoint, device: str) -> int:
     """Bytes of a number that is computed with; see `compute_dtype`."""
     return {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)
@@ -185,7 +194,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     )
 
 
-def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str) -> int:
+def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, conversions: int) -> int:
     """Bytes on disk that a conversion takes at its peak, if hidden states of the calibration text fit in memory.
 
     Args:
@@ -194,6 +203,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
         tokens: of calibration text.
         window: tokens in a sequence.
         device: type of the device.
+        conversions: whose layers are kept at the same time.
 
     Returns:
         Bytes of the output, and of what is kept until it is whole.
@@ -203,7 +213,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
     moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
     attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
-    layers = bytes_written * attention // checkpoint.parameters
+    layers = conversions * bytes_written * attention // checkpoint.parameters
     return config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def layer_file(folder: Path, layer: int) -> Path:
+def size_folder(folder: Path, config: Any) -> Path:
+    """Where a conversion to the sizes of a configuration keeps its results."""
+    return folder / f"{config.kv_lora_rank}+{config.qk_rope_head_dim}"
+
+
+def layer_file(folder: Path, config: Any, layer: int) -> Path:
     """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
-    return folder / f"layer-{layer:04}.safetensors"
+    return size_folder(folder, config) / f"layer-{layer:04}.safetensors"
 
 
 @contextmanager

@@ -96,9 +96,9 @@ def write_checkpoint(
     converted: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its name there
     for layer in range(config.num_hidden_layers):
         place = prefix.format(layer=layer)
-        for name, tensor in load_file(layer_file(work, layer)).items():
+        for name, tensor in load_file(layer_file(work, config, layer)).items():
             tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            converted[place + name] = layer_file(work, layer), name
+            converted[place + name] = layer_file(work, config, layer), name
 
     def read(name: str) -> Tensor:
         if name in converted:
