@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_mla_conversion import UserError, convert, heal
 from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
-from hf_mla_conversion.mathematics.distill import divergence
+from hf_mla_conversion.mathematics.distill import ChunkedDivergence
 from hf_mla_conversion.source.text import BUNDLED
 
 
@@ -51,15 +51,18 @@ def curve(report):
     return {entry["step"]: entry["perplexity"] for entry in report["history"] if "perplexity" in entry}
 
 
-def test_the_divergence_is_pytorchs():
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_divergence_is_pytorchs(trained):
     torch.manual_seed(0)
-    student, teacher = torch.randn(2, 3000, 50, dtype=torch.float64).requires_grad_()
-    expected = nn.KLDivLoss(reduction="batchmean", log_target=True)(student.log_softmax(-1), teacher.log_softmax(-1))
-    measured = divergence(student, teacher.detach())
+    states, target = torch.randn(2, 3000, 16, dtype=torch.float64).requires_grad_()
+    student, teacher = nn.Linear(16, 50).double().requires_grad_(trained), nn.Linear(16, 50).double()
+    first, second = student(states).log_softmax(-1), teacher(target).log_softmax(-1)
+    expected = nn.KLDivLoss(reduction="batchmean", log_target=True)(first, second)
+    measured = ChunkedDivergence.apply((student, teacher), states, target.detach(), *student.parameters())
     assert measured.item() == pytest.approx(expected.item(), rel=1e-6)
-    (slope,) = torch.autograd.grad(measured, student, retain_graph=True)
-    (reference,) = torch.autograd.grad(expected, student)
-    torch.testing.assert_close(slope, reference, rtol=1e-5, atol=1e-9)
+    wanted = [states, *student.parameters()] if trained else [states]
+    for slope, reference in zip(torch.autograd.grad(3 * measured, wanted), torch.autograd.grad(3 * expected, wanted), strict=True):
+        torch.testing.assert_close(slope, reference, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("train", ["lora", "attention", "all"])
@@ -104,10 +107,11 @@ def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
 
 
 def test_adapters_of_the_trained_rank(pair, tmp_path):
-    from hf_mla_conversion.commands.heal import prepare, trained_parameters
+    from hf_mla_conversion.commands.heal import trained_parameters
     from hf_mla_conversion.source.checkpoint import open_checkpoint
+    from hf_mla_conversion.stages.end_to_end import Training, prepare
 
-    adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), "lora", 3, seed=0)
+    adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), Training("lora", 1, 1e-3, 1, 1, seed=0, lora_rank=3))
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trained_parameters(open_checkpoint(pair[1]), "lora", 3) == trained
     assert not any("lm_head" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
@@ -154,7 +158,7 @@ def test_a_finished_training_is_not_trained_on(pair, tmp_path, monkeypatch):
     def full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(healer, "write_healed", full)
+    monkeypatch.setattr(healer, "write_trained", full)
     with pytest.raises(UserError, match="No space left on device; what is done so far is kept in"):
         small(pair, tmp_path / "healed", steps=3)
     monkeypatch.undo()

@@ -13,15 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_mla_conversion import convert, info, plan
-from hf_mla_conversion.commands.heal import BEST, write_healed
 from hf_mla_conversion.commands.verify import compare_at
 from hf_mla_conversion.errors import UserError
+from hf_mla_conversion.mathematics.distill import BEST
 from hf_mla_conversion.mathematics.survey import advance
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.matching import match_model
 from hf_mla_conversion.source.streaming import LayerStream
 from hf_mla_conversion.source.text import calibration_windows
+from hf_mla_conversion.stages.end_to_end import Training, write_trained
 
 
 CPU = torch.device("cpu")
@@ -290,7 +291,7 @@ def test_healed_output_of_another_layout(tmp_path):
     model.model.save_pretrained(out)
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if ".o_proj." in name}
     save_file({name: trained.get(name, p) for name, p in model.named_parameters() if ".self_attn." in name}, tmp_path / BEST)
-    recipe = {"train": "attention", "lora_rank": None, "seed": 0}
-    healed = library_model(write_healed(match_model(open_checkpoint(out)), tmp_path, recipe), torch.float32)[0]
+    training = Training("attention", steps=1, rate=1e-3, micro=1, accumulated=1, seed=0)
+    healed = library_model(write_trained(match_model(open_checkpoint(out)), tmp_path, training), torch.float32)[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(healed.get_parameter(name), trained.get(name, parameter)), name

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -29,24 +28,52 @@ PATIENCE = 10  # evaluations without a new best after which healing stops; a hig
 BEST = "best.safetensors"
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence of the student from the teacher, in nats per position.
+class ChunkedDivergence(torch.autograd.Function):
+    """Mean Kullback-Leibler divergence between what two heads make of hidden states, and its gradient, a chunk at a time.
 
-    Args:
-        student: logits [N, vocabulary].
-        teacher: logits [N, vocabulary].
-
-    Returns:
-        A scalar. Probabilities are formed for a part of the positions at a time, again in the backward pass.
+    Logits of a vocabulary of 100,000 outweigh all else that a step computes. Here those of a few positions are there at a time: the
+    gradient of the divergence at the student's logits is softmax(student) - softmax(teacher), so it is taken back through the
+    head at once, and what the backward pass needs is as small as the hidden states and the head.
     """
 
-    def part(ours: Tensor, theirs: Tensor) -> Tensor:
-        ours, theirs = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
-        return nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    @staticmethod
+    def forward(ctx: Any, heads: tuple, states: Tensor, target: Tensor, *parameters: Tensor) -> Tensor:
+        """The divergence in nats per position.
 
-    pairs = zip(student.split(HEAD_TOKENS), teacher.split(HEAD_TOKENS), strict=True)
-    parts = [checkpoint(part, ours, theirs, use_reentrant=False) for ours, theirs in pairs]
-    return torch.stack(parts).sum() / len(student)
+        Args:
+            ctx: PyTorch's.
+            heads: of student and teacher: [N, D] -> [N, vocabulary].
+            states: what enters the student's head [N, D].
+            target: what enters the teacher's [N, D].
+            *parameters: of the student's head.
+
+        Returns:
+            A scalar.
+        """
+        student, teacher = heads
+        wanted = [parameter for parameter in parameters if parameter.requires_grad]
+        slope, slopes = torch.empty_like(states), [torch.zeros_like(parameter) for parameter in wanted]
+        total = torch.zeros((), device=states.device)
+        for part, theirs, out in zip(states.split(HEAD_TOKENS), target.split(HEAD_TOKENS), slope.split(HEAD_TOKENS), strict=True):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                logits = student(part)
+            ours, theirs = logits.detach().float().log_softmax(-1), teacher(theirs).float().log_softmax(-1)
+            total += nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+            at_logits = ours.exp_().sub_(theirs.exp_()).div_(len(states)).to(logits.dtype)
+            at_states, *at_parameters = torch.autograd.grad(logits, [part, *wanted], at_logits)
+            out.copy_(at_states)
+            for sum_, share in zip(slopes, at_parameters, strict=True):
+                sum_ += share
+        ctx.save_for_backward(slope, *slopes)
+        return total / len(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        """The gradients that the forward pass has taken, times that of what follows."""
+        slope, *slopes = (saved * gradients[0] for saved in ctx.saved_tensors)
+        wanted = iter(slopes)
+        return None, slope, None, *(next(wanted) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
 class DistillationTrainer(Trainer):
@@ -65,36 +92,57 @@ class DistillationTrainer(Trainer):
         self.folder = folder
         student: Any = self.model
         self.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        self._watched: list[tuple[int, Tensor]] | None = None
-        for index, layer in enumerate(student.get_decoder().layers):
-            layer.register_forward_hook(lambda _module, _args, output, index=index: self._watch(index, output))
+        self._watched: list[Tensor] | None = None
+        self._finite: tuple[int, Tensor] | None = None  # a step, and whether each layer and the loss were; on the device
+        for layer in student.get_decoder().layers:
+            layer.register_forward_hook(lambda _module, _args, output: self._watch(output))
+        # The loss is computed in the head's place, inside the model's forward pass: what shards or casts weights does it there.
+        self._head = student.get_output_embeddings()
+        self._logits, self._head.forward = self._head.forward, self._loss
 
-    def _watch(self, layer: int, output: Any) -> None:
+    def _watch(self, output: Any) -> None:
         if self._watched is not None:
-            self._watched.append((layer, output[0] if isinstance(output, tuple) else output))
+            self._watched.append(output[0] if isinstance(output, tuple) else output)
+
+    def _loss(self, states: Tensor) -> Tensor:
+        ids, target = self._batch
+        if target is not None:
+            heads = self._logits, self.teacher.get_output_embeddings()
+            return ChunkedDivergence.apply(heads, states.flatten(0, 1), target.flatten(0, 1), *self._head.parameters())
+        states, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        losses = [
+            nn.functional.cross_entropy(self._logits(part).float(), right, reduction="sum")
+            for part, right in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
+        ]
+        return torch.stack(losses).sum() / len(targets)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The divergence from the teacher on `input_ids` [B, T]; of a model in evaluation mode, its cross-entropy."""
-        ids = inputs["input_ids"]
-        self._watched = []  # references to tensors that the backward pass keeps anyway
-        logits = model(input_ids=ids, use_cache=False).logits  # [B, T, vocabulary]
-        watched, self._watched = self._watched, None  # gradient checkpointing runs the layers again, unwatched
+        self.check_finite()
+        ids, target = inputs["input_ids"], None
         if model.training:
             with torch.no_grad():
-                target = self.teacher(input_ids=ids, use_cache=False).logits
-            loss = divergence(logits.flatten(0, 1), target.flatten(0, 1))
-        else:
-            predictions, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-            pairs = zip(predictions.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
-            losses = [nn.functional.cross_entropy(part.float(), right, reduction="sum") for part, right in pairs]
-            loss = torch.stack(losses).sum() / len(targets)
-        if not loss.isfinite():
-            broken = next((f"layer {layer}" for layer, output in watched if not output.isfinite().all()), "the head")
+                target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        self._batch, self._watched = (ids, target), []  # references to tensors that the backward pass keeps anyway
+        loss = model(input_ids=ids, use_cache=False).logits
+        watched, self._watched = self._watched, None  # gradient checkpointing runs the layers again, unwatched
+        self._finite = self.state.global_step, torch.stack([*(output.isfinite().all() for output in watched), loss.isfinite()])
+        if not model.training:
+            self.check_finite()
+        return (loss, {}) if return_outputs else loss
+
+    def check_finite(self) -> None:
+        """Raise a UserError if the last loss was not finite. Asked one step later, a GPU need not be waited for."""
+        if self._finite is None:
+            return
+        (step, finite), self._finite = self._finite, None
+        *layers, loss = finite.tolist()
+        if not loss:
+            broken = f"layer {layers.index(False)}" if False in layers else "the head"
             raise UserError(
-                f"the loss is {loss.item()} at step {self.state.global_step}: {broken} is the first that computes what is not "
-                f"finite; what was saved before is kept in {self.folder}. Begin again with a lower --learning-rate and --restart"
+                f"the loss is not finite at step {step}: {broken} is the first that computes what is not; "
+                f"what was saved before is kept in {self.folder}. Begin again with a lower --learning-rate and --restart"
             )
-        return (loss, {"logits": logits}) if return_outputs else loss
 
     def keep_best(self) -> None:
         """Save the weights that are trained; all processes take part, the main one writes."""
@@ -125,7 +173,9 @@ class Healing(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="healing", unit="step", file=sys.stderr)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the progress bar."""
+        """Move the progress bar; before anything is saved, see that it is worth it."""
+        if control.should_save or control.should_evaluate or control.should_training_stop:
+            self.trainer.check_finite()
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 

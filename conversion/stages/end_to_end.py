@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second stage of a conversion, and what `heal` does: the whole model is trained to predict what its source predicts.
+
+`distill.py` has the training. This file prepares the models, resumes where an earlier run was killed, and writes the result: the
+best weights that held-back text has seen, the unchanged model among them.
+"""
+
+import math
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
+
+from ..errors import brief
+from ..mathematics.closed_form import make_trainable
+from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
+from ..mathematics.scales import HEAD_TOKENS
+from ..output.folder import entries
+from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
+from ..source.loading import compute_dtype, load_model
+
+
+RATES = {"lora": 1e-3, "attention": 1e-3, "all": 5e-4}
+LORA_RANK = 16
+STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
+MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
+EVALUATIONS = 20
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Args:
+        what: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
+        steps: at most.
+        rate: learning rate at its highest.
+        micro: windows in one forward pass of a process.
+        accumulated: forward passes in a step.
+        seed: of the order of the text, and of new adapters.
+        lora_rank: rank of the adapters.
+        gradient_checkpointing: compute activations again in the backward pass.
+    """
+
+    what: str
+    steps: int
+    rate: float
+    micro: int
+    accumulated: int
+    seed: int
+    lora_rank: int = LORA_RANK
+    gradient_checkpointing: bool = False
+
+
+def batches(tokens: int, window: int, device: torch.device, processes: int) -> tuple[int, int]:
+    """Windows in a forward pass of a process, and forward passes in a step of about so many tokens over all processes."""
+    share = max(1, tokens // window // processes)
+    micro = min(share, max(1, MICRO_TOKENS[device.type] // window))
+    return micro, round(share / micro)
+
+
+def distil(
+    student_checkpoint: Checkpoint,
+    original: Any,
+    windows: Tensor,
+    held: Tensor,
+    folder: Path,
+    training: Training,
+    device: torch.device,
+    processes: Any,
+) -> TrainerState:
+    """Train a converted model to predict what the original predicts; goes on where an earlier call in `folder` was killed.
+
+    Runs on as many processes as `accelerate launch` has started, sharded as its configuration says.
+
+    Args:
+        student_checkpoint: the converted model.
+        original: its source, in evaluation mode, anywhere.
+        windows: token ids to train on [windows, tokens].
+        held: token ids that tell which weights are the best, and when to stop [windows, tokens].
+        folder: where checkpoints and the best weights are kept.
+        training: how.
+        device: of this process.
+        processes: Accelerate's state.
+
+    Returns:
+        The Trainer's state after the last step, on the main process.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    trained, resumed = folder / "trained.json", None
+    if processes.is_main_process:
+        resumed = last_checkpoint(folder)
+    resumed, done = broadcast_object_list([resumed, trained.exists()])
+    if not done:
+        lora = training.what == "lora"
+        student = load_model(
+            student_checkpoint, torch.device("cpu"), compute_dtype(student_checkpoint, device) if lora else torch.float32
+        )
+        student = prepare(student, training)
+        if training.gradient_checkpointing:
+            # Transformers 5.23 has a new name for it.
+            name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+            getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        callback = Healing(training.micro * training.accumulated * processes.num_processes * windows.shape[1])
+        trainer = DistillationTrainer(
+            teacher=original.requires_grad_(False),
+            folder=folder,
+            model=student,
+            args=training_arguments(folder, training, device, resumed is not None),
+            train_dataset=Windows(windows),
+            eval_dataset=Windows(held),
+            callbacks=[callback],
+        )
+        callback.trainer = trainer
+        for shown in (PrinterCallback, ProgressCallback):  # on stdout, where results go and nothing else
+            trainer.remove_callback(shown)
+        try:
+            trainer.train(resume_from_checkpoint=resumed)
+        except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
+                raise
+            raise OSError(f"a file could not be written, is the disk full? ({brief(error)})") from error
+        finally:
+            callback.close()
+        if processes.is_main_process:
+            trainer.state.save_to_json(str(trained))
+        del trainer, student
+    return TrainerState.load_from_json(str(trained)) if processes.is_main_process else TrainerState()
+
+
+def memory(
+    config: Any,
+    numbers: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    training: Training,
+    window: int,
+    device: torch.device,
+) -> dict[str, int]:
+    """Bytes that one process takes without sharding, by what they are for.
+
+    Args:
+        config: of the converted model.
+        numbers: weights of the converted model, of its source, and how many are trained.
+        dtypes: what the two are computed in.
+        training: how.
+        window: tokens in a sequence.
+        device: where.
+
+    Returns:
+        Bytes of `student`, `teacher`, `gradients_and_optimizer` and `activations`, and their `total`.
+    """
+    (weights, theirs, trained), lora = numbers, training.what == "lora"
+    width = 2 if device.type == "cuda" else 4  # of an activation
+    heads, hidden = config.num_attention_heads, config.hidden_size
+    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * config.intermediate_size
+    kept = config.num_hidden_layers * (hidden if training.gradient_checkpointing else layer)
+    kept += layer if training.gradient_checkpointing else 0
+    head = 0 if lora or training.what == "attention" else config.vocab_size * hidden * 8  # its gradient, and a chunk's share of it
+    parts = {
+        "student": weights * (dtypes[0] if lora else torch.float32).itemsize,
+        "teacher": theirs * dtypes[1].itemsize,
+        "gradients_and_optimizer": trained * (16 if lora else 12),
+        "activations": training.micro * window * kept * width + HEAD_TOKENS * config.vocab_size * 16 + head,
+    }
+    return parts | {"total": sum(parts.values())}
+
+
+def prepare(student: Any, training: Training) -> Any:
+    """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
+    for layer in student.model.layers:
+        make_trainable(layer.self_attn)
+    if training.what == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(training.seed)
+        rank = training.lora_rank
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(student, config)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(training.what == "all" or ".self_attn." in name)
+    return student
+
+
+class Windows(torch.utils.data.Dataset):
+    """Token windows [windows, tokens] as the Trainer takes them."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def training_arguments(folder: Path, training: Training, device: torch.device, resumed: bool) -> Any:
+    """The Trainer's settings: AdamW, cosine decay to zero, an evaluation and a checkpoint every twentieth of the steps."""
+    every = math.ceil(training.steps / EVALUATIONS)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.micro,
+        per_device_eval_batch_size=training.micro,
+        gradient_accumulation_steps=training.accumulated,
+        learning_rate=training.rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=training.steps // 20,  # whose first trains nothing
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        eval_on_start=not resumed,
+        prediction_loss_only=True,
+        save_steps=every,
+        save_total_limit=2,  # the older one until the newer is marked complete
+        logging_steps=max(1, every // 5),
+        logging_nan_inf_filter=False,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to="none",
+        seed=training.seed,
+    )
+
+
+def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> Path:
+    """Write the trained checkpoint: the best weights, merged, each in the type it was stored in; all else as it was.
+
+    Args:
+        checkpoint: what was trained.
+        folder: with the best weights.
+        training: how.
+
+    Returns:
+        `folder`/output.
+    """
+    assert checkpoint.folder is not None
+    student = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    trained = prepare(student, training)
+    missing, unexpected = trained.load_state_dict(load_file(folder / BEST), strict=False)
+    assert not unexpected and not {name for name, p in trained.named_parameters() if p.requires_grad} & set(missing)
+    if training.what == "lora":
+        trained = trained.merge_and_unload()
+    output = folder / "output"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir()
+    for entry in entries(checkpoint.folder):
+        if entry.name.startswith(".") or entry.name.endswith((".safetensors", ".safetensors.index.json")):
+            continue
+        # Contents only: the modes of a read-only checkpoint would keep the card from being written.
+        copy = partial(shutil.copytree, copy_function=shutil.copyfile) if entry.is_dir() else shutil.copyfile
+        copy(entry, output / entry.name)
+    state, types = trained.state_dict(), {header: getattr(torch, name) for name, header in DTYPES.items()}
+    ShardWriter(output, checkpoint.tensors).write(lambda name: state[name].to(types[checkpoint.tensors[name].dtype]))
+    return output
+
+
+def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What the Trainer logged, in this module's terms."""
+    entries: list[dict[str, float]] = []
+    for entry in log:
+        if "eval_loss" in entry:
+            entries.append({"step": entry["step"], "perplexity": math.exp(min(entry["eval_loss"], 700.0))})
+        elif "loss" in entry:
+            speed = entry.get("tokens_per_second", 0.0)
+            entries.append({"step": entry["step"], "divergence": entry["loss"], "tokens_per_second": speed})
+    return entries
