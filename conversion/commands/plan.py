@@ -2,6 +2,7 @@
 """What a conversion will do, from headers alone: sizes, memory, bytes read and written."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
 from ..errors import UserError
@@ -146,11 +147,14 @@ def possible_sizes(
 
 
 def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
-    """Rank and rotary width of caches from small to large, as a rule splits them; see `possible_sizes`."""
+    """Rank and rotary width of caches from small to large: of each, the split by a rule and the next with a wider rotary key."""
     least = 6 + key_norms(config, qk_norm)
     source = 2 * config.num_key_value_heads * source_head_dim(config)
     shares = [share for share in LADDER if math.floor(share * source) >= least]
-    return list(dict.fromkeys(possible_sizes(config, share, None, None, qk_norm)[0] for share in shares))
+    sizes = []
+    for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in shares):
+        sizes += [rule, *sorted((size for size in near if size[1] > rule[1]), key=itemgetter(1))[:1]]
+    return list(dict.fromkeys(sizes))
 
 
 def computed_width(checkpoint: Checkpoint, device: str) -> int:

@@ -64,14 +64,14 @@ def search(
 
     Args:
         folder: where results are kept; those of sizes that are out of the question are removed.
-        candidates: the sizes, with errors.
+        candidates: the sizes, with errors; of those with as large a cache, the one with the least is meant.
         kv_ratios: of their caches to the source's.
         max_ratio: the ratio.
         measure: converts to a size, and returns the ratio that the main process measured.
         processes: the main one keeps what was measured, the others read it.
 
     Returns:
-        The size, and all of them with what is known of their ratios.
+        The size, and one of each cache, from small to large, with what is known of their ratios.
 
     Raises:
         UserError: the largest size does not keep the ratio.
@@ -83,10 +83,11 @@ def search(
     def known(point: FrontierPoint) -> FrontierPoint:
         return replace(point, **json.loads(file(point).read_text(encoding="utf-8"))) if file(point).exists() else point
 
-    points = [
-        FrontierPoint(**asdict(size), kv_ratio=ratio, predicted_ratio=1.0)
-        for size, ratio in zip(candidates, kv_ratios, strict=True)
-    ]
+    splits: dict[float, FrontierPoint] = {}  # the better one of each cache
+    for size, kv_ratio in zip(candidates, kv_ratios, strict=True):
+        if kv_ratio not in splits or size.error < splits[kv_ratio].error:
+            splits[kv_ratio] = FrontierPoint(**asdict(size), kv_ratio=kv_ratio, predicted_ratio=1.0)
+    points = [splits[kv_ratio] for kv_ratio in sorted(splits)]
     while True:
         points = with_predictions([known(point) for point in points])
         measured = [point for point in points if point.measured_ratio is not None]
@@ -105,6 +106,7 @@ def search(
     if not keeps(point, max_ratio):
         raise UserError(
             f"--max-ratio is {max_ratio}; the largest cache that is tried, {point.kv_lora_rank} + {point.qk_rope_head_dim} "
-            f"({point.kv_ratio:.2%} of the source's), reaches {point.measured_ratio:.4f}: allow that, or give more --steps or text"
+            f"({point.kv_ratio:.2%} of the source's), reaches x {point.measured_ratio:.4f}; give a larger ratio, "
+            "which goes on from here, or --restart with more --steps or text"
         )
     return point, points
