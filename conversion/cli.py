@@ -119,6 +119,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
     convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
+    convert.add_argument(
+        "--heal-tokens",
+        type=int,
+        metavar="N",
+        help="then train the whole model on so many (16000000 on a GPU with room for it, else 0)",
+    )
     add_device(convert)
     add_dtype(convert)
     convert.add_argument("--seed", type=int, metavar="N", help="chooses the calibration windows (0)")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from hf_mla_conversion import UserError, convert, heal
 from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
-from hf_mla_conversion.mathematics.distill import ChunkedDivergence
+from hf_mla_conversion.mathematics.distill import ChunkedDivergence, divergence
 from hf_mla_conversion.source.text import BUNDLED
 
 
@@ -58,7 +58,7 @@ def test_the_divergence_is_pytorchs(trained):
     student, teacher = nn.Linear(16, 50).double().requires_grad_(trained), nn.Linear(16, 50).double()
     first, second = student(states).log_softmax(-1), teacher(target).log_softmax(-1)
     expected = nn.KLDivLoss(reduction="batchmean", log_target=True)(first, second)
-    measured = ChunkedDivergence.apply((student, teacher), states, target.detach(), *student.parameters())
+    measured = ChunkedDivergence.apply((student, teacher, divergence), states, target.detach(), *student.parameters())
     assert measured.item() == pytest.approx(expected.item(), rel=1e-6)
     wanted = [states, *student.parameters()] if trained else [states]
     for slope, reference in zip(torch.autograd.grad(3 * measured, wanted), torch.autograd.grad(3 * expected, wanted), strict=True):
@@ -111,13 +111,15 @@ def test_adapters_of_the_trained_rank(pair, tmp_path):
     from hf_mla_conversion.source.checkpoint import open_checkpoint
     from hf_mla_conversion.stages.end_to_end import Training, prepare
 
-    adapted = prepare(AutoModelForCausalLM.from_pretrained(pair[1]), Training("lora", 1, 1e-3, 1, 1, seed=0, lora_rank=3))
+    adapted = prepare(
+        AutoModelForCausalLM.from_pretrained(pair[1]), Training("lora", 1, 1e-3, 1, 1, seed=0, patience=1, lora_rank=3)
+    )
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trained_parameters(open_checkpoint(pair[1]), "lora", 3) == trained
     assert not any("lm_head" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
 
 
-@pytest.mark.parametrize(("best", "taken"), [(0, distillation.PATIENCE + 1), (3, distillation.PATIENCE + 3)])
+@pytest.mark.parametrize(("best", "taken"), [(0, healer.PATIENCE + 1), (3, healer.PATIENCE + 3)])
 def test_it_stops_by_itself_and_keeps_the_best(pair, tmp_path, monkeypatch, best, taken):
     """The training is real; what is measured on held-out text falls up to a step, and rises from there on."""
     compute_loss, seen = distillation.DistillationTrainer.compute_loss, {}
@@ -149,8 +151,8 @@ def test_a_broken_layer_is_named_and_the_last_checkpoint_kept(pair, tmp_path, mo
     with pytest.raises(UserError, match="at step 6: layer 1 is the first .* is kept in"):
         small(pair, tmp_path / "healed")
     monkeypatch.undo()
-    assert not (tmp_path / "healed").exists() and list(tmp_path.glob(".healed.incomplete/checkpoint-5/complete"))
-    report = small(pair, tmp_path / "healed")  # goes on from step 5
+    assert not (tmp_path / "healed").exists() and list(tmp_path.glob(".healed.incomplete/checkpoint-4/complete"))
+    report = small(pair, tmp_path / "healed")  # goes on from step 4
     assert report.steps_taken == 10 and math.isfinite(report.verify.perplexity_ratio)
 
 
@@ -186,7 +188,7 @@ from hf_mla_conversion.cli import main
 from hf_mla_conversion.mathematics.distill import DistillationTrainer
 compute_loss = DistillationTrainer.compute_loss
 def killed(self, *args, **kwargs):
-    if self.state.global_step == 7:
+    if self.state.global_step == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return compute_loss(self, *args, **kwargs)
 DistillationTrainer.compute_loss = killed
@@ -201,7 +203,7 @@ def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
     work = tmp_path / ".killed.incomplete"
     done = subprocess.run([sys.executable, "-c", KILLED, "heal", out, str(tmp_path / "killed"), *words], capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "killed").exists() and (work / "checkpoint-6" / "complete").exists()
+    assert not (tmp_path / "killed").exists() and (work / "checkpoint-8" / "complete").exists()
     with pytest.raises(UserError, match="seed"):
         heal(out, str(tmp_path / "killed"), **options, seed=1)
     resumed, whole = (heal(out, str(tmp_path / name), **options) for name in ("killed", "whole"))

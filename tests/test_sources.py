@@ -291,7 +291,7 @@ def test_healed_output_of_another_layout(tmp_path):
     model.model.save_pretrained(out)
     trained = {name: p.detach() + 1 for name, p in model.named_parameters() if ".o_proj." in name}
     save_file({name: trained.get(name, p) for name, p in model.named_parameters() if ".self_attn." in name}, tmp_path / BEST)
-    training = Training("attention", steps=1, rate=1e-3, micro=1, accumulated=1, seed=0)
+    training = Training("attention", steps=1, rate=1e-3, micro=1, accumulated=1, seed=0, patience=1)
     healed = library_model(write_trained(match_model(open_checkpoint(out)), tmp_path, training), torch.float32)[0]
     for name, parameter in model.named_parameters():
         assert torch.equal(healed.get_parameter(name), trained.get(name, parameter)), name

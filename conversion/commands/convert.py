@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
 
+import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,24 +15,45 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..mathematics.closed_form import mla_config
+from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
-from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on
-from ..output.reports import Candidate, ConvertReport, FrontierPoint, PlanReport
-from ..output.writing import check_carried, check_repository, upload, write_checkpoint
-from ..source.checkpoint import DTYPES, open_checkpoint
+from ..output.progress import size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.reports import Candidate, Closeness, ConvertReport, FrontierPoint, HealReport, PlanReport
+from ..output.writing import check_carried, check_repository, upload, write_model, write_record
+from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import refusal
-from ..source.loading import choose_device, launched_processes
-from ..source.matching import match_model
+from ..source.loading import choose_device, compute_dtype, free_memory, launched_processes, load_model
+from ..source.matching import ModelCheckpoint, match_model
 from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
+from ..stages.end_to_end import (
+    EVALUATIONS,
+    RATES,
+    STEP_TOKENS,
+    Training,
+    batches,
+    distil,
+    history,
+    memory,
+    write_trained,
+)
+from ..stages.end_to_end import (
+    disk_estimate as training_disk,
+)
 from ..stages.frontier import search
 from ..stages.layers import Job, repeatable
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
 
 
+logger = logging.getLogger(__name__)
+
 STEPS = 400
+STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
+HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
+TIMES_READ = 4  # the end-to-end stage reads each token so many times, if the texts are long enough
+TRAINED = "all"  # by the end-to-end stage
 
 
 def convert(
@@ -44,7 +68,8 @@ def convert(
     calibration: str | Sequence[str] | None = None,
     calibration_tokens: int | None = None,
     window: int | None = None,
-    steps: int = STEPS,
+    steps: int | None = None,
+    heal_tokens: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     seed: int = 0,
@@ -71,7 +96,9 @@ def convert(
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
         window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
-            0 for the closed form alone.
+            0 for the closed form alone. None for 400, and 200 where the whole model is trained afterwards.
+        heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
+            None for 16,000,000 on a GPU that has the memory, else 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order, and what the source writes.
@@ -88,7 +115,7 @@ def convert(
         UserError: something in the arguments or the source does not allow it.
     """
     started = time.perf_counter()
-    if steps < 0:
+    if steps is not None and steps < 0:
         raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
     checkpoint = open_checkpoint(source, revision)
     reason = refusal(checkpoint.config)
@@ -104,7 +131,7 @@ def convert(
         sizes = size_ladder(checkpoint.config, qk_norm)
     checkpoint = match_model(checkpoint)
     plans = [make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes]
-    planned = plans[0 if max_ratio is None else -1]
+    planned = plans[0]
     assert planned.bytes_written is not None and checkpoint.folder is not None
     run_device = choose_device(device)
     processes = launched_processes(run_device)
@@ -120,15 +147,25 @@ def convert(
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
     share = tokens // len(names)
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, 1 if max_ratio is None else 2)
+    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+    config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
+    numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
+    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)
+    if steps is None:
+        steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
+    read = max(share, heal_tokens // len(names) // TIMES_READ)
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    if heal_tokens:
+        room += planned.bytes_written + training_disk(numbers, numbers)
+    if max_ratio is not None:
+        room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
-    check_carried(checkpoint, mla_config(checkpoint.config, *sizes[0], stored, qk_norm), tokenizer)
+    check_carried(checkpoint, config, tokenizer)
     texts = {
-        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, share, window, seed)
+        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
         for name in names
         if name != OWN_TEXT
     }
@@ -146,6 +183,7 @@ def convert(
         "sizes": [list(size) for size in sizes],
         "qk_norm": qk_norm,
         "steps": steps,
+        "heal_tokens": heal_tokens,
         "dtype": dtype,
         "seed": seed,
         "device": run_device.type,
@@ -160,20 +198,37 @@ def convert(
     ):
         if OWN_TEXT in names:
             if processes.is_main_process:
-                own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+                own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
             processes.wait_for_everyone()
-            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, share, window, seed)
+            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
-        job = Job(checkpoint, folder, texts, run_device, steps, seed, qk_norm)
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
+        main = processes.is_main_process
 
         @cache
         def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
+            """Leaves the model in `output` of its folder; its configuration, and in the main process what was measured."""
             config = job.config(rank, rope_dim, stored)
+            place = size_folder(folder, config)
             job.convert_layers(config, processes)
             processes.wait_for_everyone()
-            return config, job.measure(config) if processes.is_main_process else {}
+            measured = job.closeness(job.measure(config)) if main else {}
+            if heal_tokens:
+                after_layers = place / "layers"
+                if main and not after_layers.exists():
+                    write_model(place, after_layers, checkpoint, config, dtype, tokenizer)
+                processes.wait_for_everyone()
+                model = open_checkpoint(str(after_layers))
+                stage, comparisons = end_to_end(checkpoint, model, job, place, heal_tokens, seed, processes)
+                measured |= {"end_to_end": stage}
+                if main:
+                    alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
+                    measured |= {"layers_alone": alone, **job.closeness(comparisons)}
+            elif main:
+                write_model(place, place / "output", checkpoint, config, dtype, tokenizer)
+            return config, measured
 
         def measured_ratio(size: Candidate) -> float:
             return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
@@ -185,12 +240,12 @@ def convert(
             kv_ratios = [plan.kv_ratio for plan in plans if plan.kv_ratio is not None]
             best, frontier = search(folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)
             candidates = []
-        config, measures = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
+        config, measured = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
         layers, spectra = job.reports(config)
         planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
         report = ConvertReport(
             **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
-            **measures,
+            **measured,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),
             window=job.windows.shape[1],
@@ -200,8 +255,103 @@ def convert(
             layers=layers,
             output=str(path),
         )
-        if processes.is_main_process:
-            write_checkpoint(folder, checkpoint, config, report, recipe, spectra, tokenizer)
+        if main:
+            output = folder / "output"
+            shutil.rmtree(output, ignore_errors=True)
+            (size_folder(folder, best) / "output").rename(output)
+            write_record(output, checkpoint, config, report, recipe, spectra)
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
+
+
+def trainable_tokens(
+    wanted: int | None, source: ModelCheckpoint, config: Any, numbers: int, window: int, device: torch.device
+) -> int:
+    """Tokens of the end-to-end stage: as many as wanted, or what is usual where there is memory for it.
+
+    Args:
+        wanted: as given, or None.
+        source: the source.
+        config: of the converted model.
+        numbers: weights of the converted model.
+        window: tokens in a sequence.
+        device: where to compute.
+
+    Returns:
+        Tokens; 0 for no such stage.
+
+    Raises:
+        UserError: it was asked for, and there is not the memory.
+    """
+    if wanted is not None and wanted < 0:
+        raise UserError(
+            f"--heal-tokens is {wanted}; allowed: 0 (the layers alone) or more, {HEAL_TOKENS['cuda']} are usual on a GPU"
+        )
+    tokens = HEAL_TOKENS[device.type] if wanted is None else wanted
+    if not tokens:
+        return 0
+    dtype = compute_dtype(source, device)
+    micro, accumulated = batches(STEP_TOKENS[device.type], window, device, 1)
+    training = Training(TRAINED, 1, RATES[TRAINED], micro, accumulated, 0, EVALUATIONS)
+    needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
+    free = free_memory(device)
+    if needed <= free:
+        return tokens
+    lack = f"training the whole model takes about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
+    if wanted is not None:
+        raise UserError(f"{lack}; give --heal-tokens 0, and use `hf-mla heal` afterwards: with --train lora, or on several GPUs")
+    logger.warning("%s: the layers alone are converted; use `hf-mla heal` afterwards, with --train lora or on several GPUs", lack)
+    return 0
+
+
+def end_to_end(
+    source: ModelCheckpoint, converted: Checkpoint, job: Job, folder: Path, tokens: int, seed: int, processes: Any
+) -> tuple[HealReport, dict[str, Comparison]]:
+    """Train the whole model to predict what its source predicts, and write it to `folder`/output.
+
+    Args:
+        source: the source.
+        converted: what the layers gave.
+        job: their work, with the text.
+        folder: where the work is kept.
+        tokens: to train on.
+        seed: of their order.
+        processes: Accelerate's state.
+
+    Returns:
+        What was done, and on the main process how close the models are on each text's held-back windows.
+    """
+    windows, window = torch.cat([job.windows[torch.cat(job.train)], job.more]), job.windows.shape[1]
+    step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
+    micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
+    step_tokens = micro * accumulated * processes.num_processes * window
+    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, seed, EVALUATIONS)
+    dtypes = compute_dtype(converted, job.device), compute_dtype(source, job.device)
+    original = load_model(source, torch.device("cpu"), dtypes[1])
+    held = torch.cat([job.windows[places] for places in job.held.values()])
+    begun = time.perf_counter()
+    state = distil(converted, original, windows, held, folder, training, job.device, processes)
+    report = HealReport(
+        train=training.what,
+        steps=training.steps,
+        tokens_per_step=step_tokens,
+        window=window,
+        trained_parameters=converted.parameters,
+        memory_bytes=memory(
+            converted.config, (converted.parameters, source.parameters, converted.parameters), dtypes, training, window, job.device
+        ),
+        steps_taken=state.global_step,
+        stopped_early=state.global_step < training.steps,
+        seconds=time.perf_counter() - begun,
+        history=history(state.log_history),
+    )
+    comparisons: dict[str, Comparison] = {}
+    if processes.is_main_process:
+        output = write_trained(converted, folder, training)
+        trained_model = load_model(open_checkpoint(str(output)), job.device, dtypes[0])
+        original = original.to(job.device)
+        for name, places in job.held.items():
+            comparisons[name] = Comparison()
+            comparisons[name].add_models(original, trained_model, job.windows[places])
+    return report, comparisons

@@ -24,11 +24,23 @@ from ..source.loading import choose_device, compute_dtype, launched_processes, l
 from ..source.matching import match_model
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
-from ..stages.end_to_end import LORA_RANK, RATES, STEP_TOKENS, Training, batches, distil, history, memory, write_trained
+from ..stages.end_to_end import (
+    LORA_RANK,
+    RATES,
+    STEP_TOKENS,
+    Training,
+    batches,
+    disk_estimate,
+    distil,
+    history,
+    memory,
+    write_trained,
+)
 from .verify import check_pair, compare
 
 
 STEPS = 1000
+PATIENCE = 10  # evaluations without a new best after which healing stops; a high learning rate hides what its decay will bring
 HELD_BACK = 32  # windows, at most, that measure whether to go on
 
 
@@ -107,13 +119,14 @@ def heal(
             student_checkpoint.config,
             (student_checkpoint.parameters, teacher_checkpoint.parameters, trained),
             (compute_dtype(student_checkpoint, run_device), compute_dtype(teacher_checkpoint, run_device)),
-            Training(train, steps, 0.0, micro, accumulated, seed, lora_rank, gradient_checkpointing),
+            Training(train, steps, 0.0, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing),
             window,
             run_device,
         ),
     )
     folders = [student_checkpoint.folder, teacher_checkpoint.folder]
-    path = check_output(dest, folders, disk_estimate(student_checkpoint, train, plan), processes, overwrite=overwrite)
+    room = student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained)
+    path = check_output(dest, folders, room, processes, overwrite=overwrite)
     if dry_run:
         return plan
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
@@ -132,7 +145,7 @@ def heal(
         )
     rate = RATES[train] if learning_rate is None else learning_rate
     # Gradient checkpointing changes no result, so the recipe does not mention it.
-    training = Training(train, steps, rate, micro, accumulated, seed, lora_rank, gradient_checkpointing)
+    training = Training(train, steps, rate, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing)
     recipe = {
         "out": out,
         "out_sha256": source_fingerprint(student_checkpoint),
@@ -208,13 +221,6 @@ def trained_parameters(checkpoint: Checkpoint, train: str, lora_rank: int) -> in
     if train == "lora":
         return sum(lora_rank * sum(shape) for shape in linear_shapes(checkpoint))
     return sum(tensor.parameters for name, tensor in tensors.items() if train == "all" or ".self_attn." in name)
-
-
-def disk_estimate(student: Checkpoint, train: str, plan: HealReport) -> int:
-    """Bytes on disk of the output, the best weights, and three checkpoints: the oldest goes when the newest is written."""
-    trained = plan.trained_parameters
-    model = 4 * (trained if train == "lora" else sum(tensor.parameters for tensor in student.tensors.values()))
-    return student.bytes + 4 * trained + 3 * (model + 8 * trained)
 
 
 def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:

@@ -10,6 +10,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.loading import free_memory
 from ..source.matching import match_model
 
 
@@ -147,12 +148,12 @@ def possible_sizes(
 
 
 def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
-    """Rank and rotary width of caches from small to large: of each, the split by a rule and the next with a wider rotary key."""
+    """Rank and rotary width of caches from large to small: of each, the split by a rule and the next with a wider rotary key."""
     least = 6 + key_norms(config, qk_norm)
     source = 2 * config.num_key_value_heads * source_head_dim(config)
     shares = [share for share in LADDER if math.floor(share * source) >= least]
-    sizes = []
-    for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in shares):
+    sizes: list[tuple[int, int]] = []
+    for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in reversed(shares)):
         sizes += [rule, *sorted((size for size in near if size[1] > rule[1]), key=itemgetter(1))[:1]]
     return list(dict.fromkeys(sizes))
 
@@ -198,7 +199,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     )
 
 
-def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, conversions: int) -> int:
+def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str) -> int:
     """Bytes on disk that a conversion takes at its peak, if hidden states of the calibration text fit in memory.
 
     Args:
@@ -207,7 +208,6 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
         tokens: of calibration text.
         window: tokens in a sequence.
         device: type of the device.
-        conversions: whose layers are kept at the same time.
 
     Returns:
         Bytes of the output, and of what is kept until it is whole.
@@ -217,7 +217,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
     moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
     attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
-    layers = conversions * bytes_written * attention // checkpoint.parameters
+    layers = bytes_written * attention // checkpoint.parameters
     return config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 
@@ -232,10 +232,7 @@ def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: A
     Raises:
         UserError: it does not fit.
     """
-    import psutil
-    import torch
-
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    available = free_memory(device)
     needed = max(memory_estimate(checkpoint, size, 0, device.type) for size in sizes) - LIBRARIES
     if needed > available:
         raise UserError(

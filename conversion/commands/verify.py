@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hf_mla import cache_bytes, cache_of
 
@@ -134,12 +133,7 @@ def compare(source: Any, converted: Any, contexts: list[Tensor], max_ratio: floa
 def compare_at(source: Any, converted: Any, windows: Tensor) -> ContextReport:
     """Measure two models on token windows [windows, tokens]."""
     total = Comparison()
-    for ids in tqdm(windows, desc=f"verifying at {windows.shape[1]:,} tokens", unit="window"):
-        first, second = (
-            model.model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
-            for model in (source, converted)
-        )
-        total.add_states(first, second, (source.lm_head, converted.lm_head), ids)
+    total.add_models(source, converted, windows)
     return ContextReport(window=windows.shape[1], tokens=windows.numel(), **with_sides(total.result()))
 
 

@@ -24,25 +24,39 @@ from ..source.checkpoint import save_file
 from .scales import HEAD_TOKENS
 
 
-PATIENCE = 10  # evaluations without a new best after which healing stops; a high learning rate hides what its decay will bring
 BEST = "best.safetensors"
+
+
+def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """Sum of the Kullback-Leibler divergences of a student's predictions from a teacher's.
+
+    Args:
+        student: logits [N, vocabulary].
+        teacher: logits [N, vocabulary].
+        positions: over how many the mean is taken that is trained on.
+
+    Returns:
+        The sum, in nats, and the gradient of the mean at the student's logits: (softmax(student) - softmax(teacher)) / positions.
+    """
+    ours, theirs = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
+    total = nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
+    return total, ((ours.exp() - theirs.exp()) / positions).to(student.dtype)
 
 
 class ChunkedDivergence(torch.autograd.Function):
     """Mean Kullback-Leibler divergence between what two heads make of hidden states, and its gradient, a chunk at a time.
 
-    Logits of a vocabulary of 100,000 outweigh all else that a step computes. Here those of a few positions are there at a time: the
-    gradient of the divergence at the student's logits is softmax(student) - softmax(teacher), so it is taken back through the
-    head at once, and what the backward pass needs is as small as the hidden states and the head.
+    Logits of a vocabulary of 100,000 outweigh all else that a step computes. Here those of a few positions are there at a time:
+    their gradient is taken back through the head at once, and what the backward pass needs is as small as hidden states and head.
     """
 
     @staticmethod
-    def forward(ctx: Any, heads: tuple, states: Tensor, target: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, functions: tuple, states: Tensor, target: Tensor, *parameters: Tensor) -> Tensor:
         """The divergence in nats per position.
 
         Args:
             ctx: PyTorch's.
-            heads: of student and teacher: [N, D] -> [N, vocabulary].
+            functions: the heads of student and teacher, [N, D] -> [N, vocabulary], and `divergence`.
             states: what enters the student's head [N, D].
             target: what enters the teacher's [N, D].
             *parameters: of the student's head.
@@ -50,7 +64,7 @@ class ChunkedDivergence(torch.autograd.Function):
         Returns:
             A scalar.
         """
-        student, teacher = heads
+        student, teacher, compare = functions
         wanted = [parameter for parameter in parameters if parameter.requires_grad]
         slope, slopes = torch.empty_like(states), [torch.zeros_like(parameter) for parameter in wanted]
         total = torch.zeros((), device=states.device)
@@ -58,13 +72,12 @@ class ChunkedDivergence(torch.autograd.Function):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = student(part)
-            ours, theirs = logits.detach().float().log_softmax(-1), teacher(theirs).float().log_softmax(-1)
-            total += nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
-            at_logits = ours.exp_().sub_(theirs.exp_()).div_(len(states)).to(logits.dtype)
+            share, at_logits = compare(logits.detach(), teacher(theirs), len(states))
+            total += share
             at_states, *at_parameters = torch.autograd.grad(logits, [part, *wanted], at_logits)
             out.copy_(at_states)
-            for sum_, share in zip(slopes, at_parameters, strict=True):
-                sum_ += share
+            for whole, added in zip(slopes, at_parameters, strict=True):
+                whole += added
         ctx.save_for_backward(slope, *slopes)
         return total / len(states)
 
@@ -92,6 +105,7 @@ class DistillationTrainer(Trainer):
         self.folder = folder
         student: Any = self.model
         self.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+        self.best: dict[str, Tensor] = {}
         self._watched: list[Tensor] | None = None
         self._finite: tuple[int, Tensor] | None = None  # a step, and whether each layer and the loss were; on the device
         for layer in student.get_decoder().layers:
@@ -99,6 +113,12 @@ class DistillationTrainer(Trainer):
         # The loss is computed in the head's place, inside the model's forward pass: what shards or casts weights does it there.
         self._head = student.get_output_embeddings()
         self._logits, self._head.forward = self._head.forward, self._loss
+        self._divergence = divergence
+        if self.args.device.type == "cuda" and self.args.world_size == 1:
+            # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
+            self._divergence = torch.compile(divergence, dynamic=False)
+            for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
+                layer.compile(dynamic=False)
 
     def _watch(self, output: Any) -> None:
         if self._watched is not None:
@@ -107,8 +127,8 @@ class DistillationTrainer(Trainer):
     def _loss(self, states: Tensor) -> Tensor:
         ids, target = self._batch
         if target is not None:
-            heads = self._logits, self.teacher.get_output_embeddings()
-            return ChunkedDivergence.apply(heads, states.flatten(0, 1), target.flatten(0, 1), *self._head.parameters())
+            functions = self._logits, self.teacher.get_output_embeddings(), self._divergence
+            return ChunkedDivergence.apply(functions, states.flatten(0, 1), target.flatten(0, 1), *self._head.parameters())
         states, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         losses = [
             nn.functional.cross_entropy(self._logits(part).float(), right, reduction="sum")
@@ -131,6 +151,11 @@ class DistillationTrainer(Trainer):
             self.check_finite()
         return (loss, {}) if return_outputs else loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, not compiled: its shapes and modes are others."""
+        with torch.compiler.set_stance("force_eager"):
+            return super().evaluate(*args, **kwargs)
+
     def check_finite(self) -> None:
         """Raise a UserError if the last loss was not finite. Asked one step later, a GPU need not be waited for."""
         if self._finite is None:
@@ -145,12 +170,16 @@ class DistillationTrainer(Trainer):
             )
 
     def keep_best(self) -> None:
-        """Save the weights that are trained; all processes take part, the main one writes."""
+        """Keep the weights that are trained in memory, of the main process; all processes take part."""
         weights = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
-            trained = {name: weight.detach().cpu().contiguous() for name, weight in weights.items() if name in self.trained}
-            assert trained.keys() == self.trained
-            save_file(trained, self.folder / BEST)
+            self.best = {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items() if name in self.trained}
+            assert self.best.keys() == self.trained
+
+    def write_best(self, folder: Path) -> None:
+        """Write what was kept to a folder."""
+        if self.accelerator.is_main_process:
+            save_file({name: weight.contiguous() for name, weight in self.best.items()}, folder / BEST)
 
 
 class Healing(TrainerCallback):
@@ -158,12 +187,13 @@ class Healing(TrainerCallback):
 
     Args:
         tokens: in one step, over all processes.
+        patience: evaluations without a new best after which to stop.
     """
 
     trainer: DistillationTrainer
 
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: int, patience: int) -> None:
+        self.tokens, self.patience = tokens, patience
         self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
@@ -196,17 +226,19 @@ class Healing(TrainerCallback):
         if losses[-1] == min(losses):
             self.trainer.keep_best()
         since_start = losses[1:] or losses  # a good conversion gets worse at first
-        if len(since_start) - since_start.index(min(since_start)) > PATIENCE:
+        if len(since_start) - since_start.index(min(since_start)) > self.patience:
             control.should_training_stop = True
         if self.bar is not None:
             self.bar.write(f"step {state.global_step}: held-out perplexity {math.exp(min(losses[-1], 700.0)):.4f}", file=sys.stderr)
         self.logged = state.global_step, time.perf_counter()  # the evaluation's own time is not the training's
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        """Mark a checkpoint that all of is written."""
+        """Add the best weights so far to a checkpoint, and mark that all of it is written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        self.trainer.write_best(folder)
         self.trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / "complete").touch()
+            (folder / "complete").touch()
 
     def close(self) -> None:
         """Close the progress bar, if there is one."""

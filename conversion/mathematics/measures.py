@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..errors import UserError
 from .scales import HEAD_TOKENS
@@ -48,6 +49,16 @@ class Comparison:
         for start in range(0, len(ids) - 1, HEAD_TOKENS):
             part = slice(start, start + HEAD_TOKENS + 1)  # the last one is predicted here and predicts in the next
             self.add(heads[0](source[part]), heads[1](converted[part]), ids[part])
+
+    @torch.no_grad()
+    def add_models(self, source: Any, converted: Any, windows: Tensor) -> None:
+        """Take in token windows [windows, tokens], which both causal language models run over."""
+        for ids in tqdm(windows, desc=f"measuring at {windows.shape[1]:,} tokens", unit="window"):
+            first, second = (
+                model.model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
+                for model in (source, converted)
+            )
+            self.add_states(first, second, (source.lm_head, converted.lm_head), ids)
 
     def result(self) -> dict[str, Any]:
         """`perplexity` of both, `perplexity_ratio`, `kl` in nats per token, `top1_agreement`.

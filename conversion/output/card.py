@@ -32,7 +32,7 @@ With `hf_mla` installed and imported, `trust_remote_code` is not needed{but}.
 
 ## How it was made
 
-From {tokens:,} tokens of calibration text ({calibration}), seed {seed}: {method}. Everything but the attention is copied
+From {tokens:,} tokens of calibration text ({calibration}), seed {seed}: {method}. {copied} is copied
 unchanged. `conversion.json` has all options, the fingerprints of source and text, and each layer's errors.
 
 On {held:,} tokens of that text which nothing was fitted to:
@@ -53,6 +53,13 @@ What the source's licence and card say holds for it too.
 """
 
 
+TRAINED = {
+    "lora": "adapters of rank {rank} on all linear layers, merged",
+    "attention": "all weights of the attention",
+    "all": "all weights",
+}
+
+
 def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: dict) -> str:
     """Compose the card of a converted checkpoint; the licence is carried over from the source's card."""
     assert source.folder is not None and report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
@@ -63,6 +70,13 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
     errors = [layer.error for layer in report.layers]
     assert report.perplexity is not None and report.perplexity_ratio is not None and report.kv_bytes_per_token is not None
     steps = f"each layer was then fitted to the original's attention output in {report.steps:,} steps"
+    stage = report.end_to_end
+    whole = (
+        f"; then {TRAINED[stage.train]} were trained to predict what the source predicts (Kullback-Leibler divergence), on "
+        f"{stage.steps_taken * stage.tokens_per_step:,} tokens of the same text"
+        if stage
+        else ""
+    )
     return CARD.format(
         metadata="\n".join(metadata),
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
@@ -77,7 +91,8 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         load=report.output.rstrip("/").rsplit("/", 1)[-1],
         tokens=report.calibration_tokens,
         calibration=recipe["calibration"],
-        method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing trained"),
+        method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing fitted") + whole,
+        copied="Nothing but the tokenizer" if stage and stage.train == "all" else "Everything but the attention",
         held=report.held_back_tokens,
         before=report.perplexity.source,
         after=report.perplexity.converted,
@@ -119,11 +134,6 @@ Then trained to predict what `{teacher}` predicts (Kullback-Leibler divergence):
 | KL divergence, nats per token | | {kl:.4f} |
 
 """
-TRAINED = {
-    "lora": "adapters of rank {rank} on all linear layers, merged",
-    "attention": "all weights of the attention",
-    "all": "all weights",
-}
 
 
 def add_healing(card: str, report: HealReport, recipe: dict, name: str) -> str:

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def size_folder(folder: Path, config: Any) -> Path:
-    """Where a conversion to the sizes of a configuration keeps its results."""
-    return folder / f"{config.kv_lora_rank}+{config.qk_rope_head_dim}"
+def size_folder(folder: Path, size: Any) -> Path:
+    """Where a conversion to some size keeps its results; `size` is anything that has the two widths."""
+    return folder / f"{size.kv_lora_rank}+{size.qk_rope_head_dim}"
 
 
-def layer_file(folder: Path, config: Any, layer: int) -> Path:
+def layer_file(folder: Path, layer: int) -> Path:
     """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
-    return size_folder(folder, config) / f"layer-{layer:04}.safetensors"
+    return folder / f"layer-{layer:04}.safetensors"
 
 
 @contextmanager

@@ -130,6 +130,10 @@ class ConvertReport(PlanReport):
     """Share of positions at which both models find the same token likeliest."""
     texts: list[TextReport] = field(default_factory=list)
     """The same for each text."""
+    layers_alone: Closeness | None = None
+    """The same before the end-to-end stage, if there was one."""
+    end_to_end: "HealReport | None" = None
+    """What the end-to-end stage did; held-back text has chosen the best of its weights, so it flatters them a little."""
     output: str = ""
 
 

@@ -53,6 +53,11 @@ def convert_table(result: Any) -> str:
         closed = [str(x.layer) for x in result.layers if not x.steps_kept]
         if closed:
             summary["attention error"] += f"; no step improved layer {', '.join(closed)}, in closed form: heal before training"
+    stage = result.end_to_end
+    if stage:
+        speeds = [entry["tokens_per_second"] for entry in stage.history if "tokens_per_second" in entry]
+        trained = f"{stage.steps_taken * stage.tokens_per_step:,} tokens, {max(speeds, default=0):,.0f} a second"
+        summary["end to end"] = f"{trained}; perplexity x {result.layers_alone.perplexity_ratio:.4f} before"
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
         f"on {result.held_back_tokens:,} held-back tokens of the calibration text",

@@ -72,33 +72,32 @@ def check_carried(source: Checkpoint, config: Any, tokenizer: Any) -> None:
         logger.warning("%s asks `generate` for a cache that latents have no form of: %s is left out", source.name, refused)
 
 
-def write_checkpoint(
-    work: Path,
-    source: ModelCheckpoint,
-    config: Any,
-    report: ConvertReport,
-    recipe: dict,
-    spectra: list[list[float]],
-    tokenizer: Any,
-) -> None:
-    """Put the converted model together in `work`/output: weights, configuration, code, tokenizer, card and report."""
+def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, dtype: str, tokenizer: Any) -> None:
+    """Put the converted model together: weights, configuration, code and tokenizer, but no card and no record.
+
+    Args:
+        work: has the converted layers.
+        folder: where to; it appears whole or not at all.
+        source: the source.
+        config: of the converted model.
+        dtype: type of the numbers; "auto" for what each was stored in.
+        tokenizer: the source's.
+    """
     assert source.folder is not None
-    folder = work / "output"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype)
-    wanted = None if recipe["dtype"] == "auto" else dtype
+    final, folder = folder, work / "partial" / folder.name
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    folder.mkdir(parents=True)
+    wanted = None if dtype == "auto" else getattr(torch, dtype)
     prefix = FAMILIES[source.config.model_type].attention
     tensors = {
-        name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[recipe["dtype"]])
-        for name, tensor in source.kept.items()
+        name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[dtype]) for name, tensor in source.kept.items()
     }
     converted: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its name there
     for layer in range(config.num_hidden_layers):
         place = prefix.format(layer=layer)
-        for name, tensor in load_file(layer_file(work, config, layer)).items():
+        for name, tensor in load_file(layer_file(work, layer)).items():
             tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
-            converted[place + name] = layer_file(work, config, layer), name
+            converted[place + name] = layer_file(work, layer), name
 
     def read(name: str) -> Tensor:
         if name in converted:
@@ -112,6 +111,14 @@ def write_checkpoint(
         shutil.copy(package / file_name, folder / file_name)
     config.save_pretrained(folder)
     carry(source, folder, tokenizer)
+    shutil.rmtree(final, ignore_errors=True)
+    folder.rename(final)
+
+
+def write_record(
+    folder: Path, source: ModelCheckpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
+) -> None:
+    """Give a converted model its record and its card."""
     write_json({"recipe": recipe, "report": asdict(report), "spectra": spectra}, folder / RECORD)
     (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
 

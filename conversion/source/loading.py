@@ -58,6 +58,13 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device."""
+    import psutil
+
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
 def compute_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """What the source is computed in: its own type on a GPU if that is bfloat16, float64 if it is stored so, else float32."""
     if checkpoint.dtype == "F64":

@@ -32,6 +32,7 @@ LORA_RANK = 16
 STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
+CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Training:
         micro: windows in one forward pass of a process.
         accumulated: forward passes in a step.
         seed: of the order of the text, and of new adapters.
+        patience: evaluations without a new best after which to stop.
         lora_rank: rank of the adapters.
         gradient_checkpointing: compute activations again in the backward pass.
     """
@@ -55,8 +57,13 @@ class Training:
     micro: int
     accumulated: int
     seed: int
+    patience: int
     lora_rank: int = LORA_RANK
     gradient_checkpointing: bool = False
+
+    def tokens_per_step(self, window: int, processes: int) -> int:
+        """Of windows of so many tokens, over all processes."""
+        return self.micro * self.accumulated * processes * window
 
 
 def batches(tokens: int, window: int, device: torch.device, processes: int) -> tuple[int, int]:
@@ -110,7 +117,7 @@ def distil(
             # Transformers 5.23 has a new name for it.
             name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
             getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        callback = Healing(training.micro * training.accumulated * processes.num_processes * windows.shape[1])
+        callback = Healing(training.tokens_per_step(windows.shape[1], processes.num_processes), training.patience)
         trainer = DistillationTrainer(
             teacher=original.requires_grad_(False),
             folder=folder,
@@ -121,10 +128,13 @@ def distil(
             callbacks=[callback],
         )
         callback.trainer = trainer
+        if resumed is not None and processes.is_main_process:
+            trainer.best = load_file(Path(resumed) / BEST)
         for shown in (PrinterCallback, ProgressCallback):  # on stdout, where results go and nothing else
             trainer.remove_callback(shown)
         try:
             trainer.train(resume_from_checkpoint=resumed)
+            trainer.write_best(folder)
         except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
                 raise
@@ -174,6 +184,19 @@ def memory(
     return parts | {"total": sum(parts.values())}
 
 
+def disk_estimate(model: int, trained: int) -> int:
+    """Bytes on disk of the best weights and of three checkpoints: the oldest goes when the newest is written.
+
+    Args:
+        model: numbers that a checkpoint has, in float32: of adapters, or of the whole model.
+        trained: numbers that are trained.
+
+    Returns:
+        Bytes.
+    """
+    return 4 * trained + 3 * (4 * model + 8 * trained)
+
+
 def prepare(student: Any, training: Training) -> Any:
     """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
     for layer in student.model.layers:
@@ -204,7 +227,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 def training_arguments(folder: Path, training: Training, device: torch.device, resumed: bool) -> Any:
-    """The Trainer's settings: AdamW, cosine decay to zero, an evaluation and a checkpoint every twentieth of the steps."""
+    """The Trainer's settings: AdamW, cosine decay to zero, 20 evaluations and 5 checkpoints."""
     every = math.ceil(training.steps / EVALUATIONS)
     return TrainingArguments(
         output_dir=str(folder),
@@ -221,13 +244,14 @@ def training_arguments(folder: Path, training: Training, device: torch.device, r
         eval_steps=every,
         eval_on_start=not resumed,
         prediction_loss_only=True,
-        save_steps=every,
+        save_steps=CHECKPOINTS * every,
         save_total_limit=2,  # the older one until the newer is marked complete
         logging_steps=max(1, every // 5),
         logging_nan_inf_filter=False,
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
         dataloader_num_workers=0,
+        accelerator_config={"non_blocking": device.type == "cuda"},  # else each step waits for the one before
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to="none",

@@ -20,7 +20,7 @@ from ..output.progress import size_folder, write_json
 from ..output.reports import Candidate, FrontierPoint
 
 
-FACTOR, POWER = 0.5, 1.5  # of the error that sizes are tried with, to the logarithm of the ratio
+FACTOR, POWER = 1.0, 1.5  # of the error that sizes are tried with, to the logarithm of the ratio
 CONVERSIONS = 3  # at most, and more only until one keeps the ratio
 LEAST = 1e-6  # an error or a logarithm below is rounding
 

@@ -65,7 +65,8 @@ class Job:
     Args:
         checkpoint: the source.
         folder: where results are kept.
-        texts: calibration token ids [windows, tokens] of each text, by its name.
+        texts: token ids [windows, tokens] of each text, by its name.
+        tokens: of each text to calibrate the layers on; the rest is for the end-to-end stage alone.
         device: where to compute.
         steps: reconstruction steps per layer.
         seed: of the order of windows.
@@ -77,6 +78,7 @@ class Job:
         checkpoint: Checkpoint,
         folder: Path,
         texts: dict[str, Tensor],
+        tokens: int,
         device: torch.device,
         steps: int,
         seed: int,
@@ -87,12 +89,15 @@ class Job:
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())
-        self.texts = {name: windows[:, :window] for name, windows in texts.items()}
+        count = max(2, tokens // window)
+        self.texts = {name: windows[:count, :window] for name, windows in texts.items()}
+        self.more = torch.cat([windows[count:, :window] for windows in texts.values()])
         self.split(window)
 
     def split(self, window: int) -> None:
         """Cut the calibration windows into shorter ones, and say what each is for."""
         self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
+        self.more = self.more.reshape(-1, window)
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
@@ -165,7 +170,7 @@ class Job:
 
     def convert_layers(self, config: Any, processes: Any) -> None:
         """Convert this process's share of the layers that are not done yet."""
-        done = [layer_file(self.folder, config, index).exists() for index in range(len(self.stream))]
+        done = [layer_file(size_folder(self.folder, config), index).exists() for index in range(len(self.stream))]
         if all(done):
             return
         size_folder(self.folder, config).mkdir(exist_ok=True)
@@ -185,7 +190,7 @@ class Job:
                         # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
                         wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-                    save_file(weights, layer_file(self.folder, config, index), metadata)
+                    save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
 
     def convert_layer(
@@ -254,15 +259,15 @@ class Job:
 
         reports, spectra = [], []
         for index in range(len(self.stream)):
-            with safe_open(layer_file(self.folder, config, index), framework="pt") as file:
+            with safe_open(layer_file(size_folder(self.folder, config), index), framework="pt") as file:
                 metadata = file.metadata()
             reports.append(LayerReport(**json.loads(metadata["report"])))
             spectra.append(json.loads(metadata["spectrum"]))
         return reports, spectra
 
     @torch.no_grad()
-    def measure(self, config: Any) -> dict[str, Any]:
-        """Compare the converted model with the source on held-back calibration text, a layer of each at a time."""
+    def measure(self, config: Any) -> dict[str, Comparison]:
+        """Compare the converted layers with the source on each text's held-back windows, a layer of each at a time."""
         windows = torch.cat([self.windows[held] for held in self.held.values()])
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
@@ -272,7 +277,7 @@ class Job:
             call = self.stream.calls[index]
             embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
             mla = MLAAttention(config, index)
-            mla.load_state_dict(load_file(layer_file(self.folder, config, index)))
+            mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
                 original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
@@ -280,27 +285,25 @@ class Job:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
                 finally:
                     layer.self_attn = original
-        total, texts, start = Comparison(), [], 0
+        comparisons = {name: Comparison() for name in self.held}
+        names = [name for name, held in self.held.items() for _ in held]
         with self.stream.head() as head:
 
             def logits(states: Tensor) -> Tensor:
                 return head(states.unsqueeze(0)).squeeze(0)
 
-            for name, held in self.held.items():
-                comparison, stop = Comparison(), start + len(held)
-                for first, second, ids in zip(source[start:stop], converted[start:stop], windows[start:stop], strict=True):
-                    comparison.add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
-                total.join(comparison)
-                texts.append(
-                    TextReport(
-                        name=name,
-                        tokens=self.texts[name].numel(),
-                        held_back_tokens=windows[start:stop].numel(),
-                        **with_sides(comparison.result()),
-                    )
-                )
-                start = stop
-        return {"held_back_tokens": windows.numel(), "texts": texts, **with_sides(total.result())}
+            for name, first, second, ids in zip(names, source, converted, windows, strict=True):
+                comparisons[name].add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
+        return comparisons
+
+    def closeness(self, comparisons: dict[str, Comparison]) -> dict[str, Any]:
+        """What was measured on each text's held-back windows, and on all together, as fields of a `ConvertReport`."""
+        total, texts = Comparison(), []
+        for name, comparison in comparisons.items():
+            total.join(comparison)
+            held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
+            texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
+        return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
 
 
 def stored_type(config: Any) -> torch.dtype:

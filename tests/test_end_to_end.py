@@ -1,0 +1,124 @@
+"""The end-to-end stage of a conversion: what it gives, what survives it, and what is refused."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL, VALIDATION, make_source
+from transformers import AutoModelForCausalLM
+
+from hf_mla_conversion import UserError, convert, verify
+from hf_mla_conversion.commands import convert as converter_module
+
+
+OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Steps of 512 tokens."""
+    monkeypatch.setitem(converter_module.STEP_TOKENS, "cpu", 512)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_source(tmp_path_factory.mktemp("source"), max_position_embeddings=64)
+
+
+def contents(folder):
+    """All that a conversion wrote, but the time that it took."""
+    found = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != "conversion.json"}
+    record = json.loads((Path(folder) / "conversion.json").read_text())
+    for report in (record["report"], record["report"]["end_to_end"]):
+        report.pop("seconds")
+    record["report"].pop("output")
+    for entry in record["report"]["end_to_end"]["history"]:
+        entry.pop("tokens_per_second", None)
+    return found | {"record": record}
+
+
+def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch):
+    monkeypatch.setitem(converter_module.STEP_TOKENS, "cpu", 2048)
+    monkeypatch.setitem(converter_module.RATES, "all", 2e-4)  # for so few steps
+    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 32768, "steps": 0, "device": "cpu"}
+    report = convert(MODEL, str(tmp_path / "out"), heal_tokens=2048 * 10, window=256, **options)
+    stage = report.end_to_end
+    assert stage.steps_taken == stage.steps == 10 and stage.tokens_per_step == 2048 and stage.train == "all"
+    assert stage.history[0]["perplexity"] == pytest.approx(report.layers_alone.perplexity.converted, rel=1e-4)
+    assert report.perplexity_ratio < report.layers_alone.perplexity_ratio and report.kl < report.layers_alone.kl
+    (text,) = report.texts
+    assert text.perplexity_ratio == pytest.approx(report.perplexity_ratio)
+    convert(MODEL, str(tmp_path / "layers"), window=256, **options)
+    other = {"against": MODEL, "text": VALIDATION, "tokens": 4096, "device": "cpu"}
+    trained, layers = (verify(str(tmp_path / name), **other).perplexity_ratio for name in ("out", "layers"))
+    assert trained < layers  # on text that neither has seen
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "all weights were trained to predict what the source predicts" in card and "20,480 tokens of the same text" in card
+    assert f"(x {report.perplexity_ratio:.4f})" in card
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("out", "layers")]
+    assert names[0] == names[1]
+
+
+KILLED = """
+import os, signal, sys
+from hf_mla_conversion import convert
+from hf_mla_conversion.commands import convert as module
+from hf_mla_conversion.mathematics.distill import DistillationTrainer
+module.STEP_TOKENS["cpu"] = 512
+place, source, out = sys.argv[1:4]
+compute_loss = DistillationTrainer.compute_loss
+def killed(self, *args, **kwargs):
+    if self.state.global_step == int(place):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return compute_loss(self, *args, **kwargs)
+if place.isdigit():
+    DistillationTrainer.compute_loss = killed
+else:
+    setattr(module, place, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+convert(source, out, heal_tokens=int(sys.argv[4]), **eval(sys.argv[5]))
+"""
+
+
+def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
+    convert(source, str(tmp_path / "whole"), heal_tokens=512 * 24, **OPTIONS)
+    for place in ("write_model", "0", "10", "write_trained"):
+        words = [place, source, str(tmp_path / "killed"), str(512 * 24), repr(OPTIONS)]
+        done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+        assert not (tmp_path / "killed").exists()
+    convert(source, str(tmp_path / "killed"), heal_tokens=512 * 24, **OPTIONS)
+    first, second = (contents(tmp_path / name) for name in ("whole", "killed"))
+    second["README.md"] = second["README.md"].replace(b"killed", b"whole")
+    assert first.pop("record") == second.pop("record")
+    assert first == second
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_nothing_worse_is_written(tmp_path, source, monkeypatch):
+    """At a ruinous rate the model that went in is the best, and comes out."""
+    monkeypatch.setitem(converter_module.RATES, "all", 10.0)
+    ruined = convert(source, str(tmp_path / "ruined"), heal_tokens=2048, **OPTIONS)
+    layers = convert(source, str(tmp_path / "layers"), **OPTIONS)
+    assert layers.end_to_end is None and layers.layers_alone is None
+    assert ruined.perplexity_ratio == pytest.approx(layers.perplexity_ratio, rel=1e-4)
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ruined", "layers"))
+    ids = torch.arange(24)[None]
+    torch.testing.assert_close(first(ids).logits, second(ids).logits, rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):
+    monkeypatch.setattr(converter_module, "free_memory", lambda device: 1000)
+    with pytest.raises(UserError, match=r"takes about .* GB on cpu, 0.0 GB are free; give --heal-tokens 0"):
+        convert(source, str(tmp_path / "out"), heal_tokens=2048, **OPTIONS)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setitem(converter_module.HEAL_TOKENS, "cpu", 2048)
+    with caplog.at_level(logging.WARNING):
+        report = convert(source, str(tmp_path / "out"), **OPTIONS)
+    assert report.end_to_end is None and "the layers alone are converted" in caplog.text
+    with pytest.raises(UserError, match="--heal-tokens is -1; allowed: 0"):
+        convert(source, str(tmp_path / "other"), heal_tokens=-1, **OPTIONS)
