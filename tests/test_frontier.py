@@ -77,7 +77,7 @@ def test_another_power_than_believed(tmp_path):
 
 
 def test_goes_on_where_it_was_stopped(tmp_path):
-    truth = law(10 * FACTOR)
+    truth = law(5.0)
     whole = look(tmp_path, 1.2, truth)
     assert len(whole[1]) == 2
     for path in tmp_path.glob(f"measured-{whole[0]}+8.json"):  # as if killed before the last was written
@@ -135,18 +135,23 @@ def test_whole_conversion(tmp_path, monkeypatch):
     """Interrupted and resumed, it writes what a conversion to the size that it finds writes, with the frontier beside it."""
     source = make_source(tmp_path / "source")
     options = {"calibration_tokens": 1024, "window": 64, "steps": 0, "device": "cpu"}
-    original = Job.measure
+    original, closeness, sizes = Job.measure, Job.closeness, []
 
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    def measure(job, config):  # random weights lose nothing, with any cache
-        return original(job, config) | {"perplexity_ratio": 1 + 4 / config.kv_lora_rank}
+    def measure(job, config):
+        sizes.append(config.kv_lora_rank)
+        return original(job, config)
+
+    def closer(job, comparisons):  # random weights lose nothing, with any cache
+        return closeness(job, comparisons) | {"perplexity_ratio": 1 + 4 / sizes[-1]}
 
     monkeypatch.setattr(Job, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
         convert(source, str(tmp_path / "out"), max_ratio=1.25, **options)
     monkeypatch.setattr(Job, "measure", measure)
+    monkeypatch.setattr(Job, "closeness", closer)
     with pytest.raises(UserError, match="give a larger ratio, which goes on from here"):
         convert(source, str(tmp_path / "out"), max_ratio=1.01, **options)
     assert not (tmp_path / "out").exists()
