@@ -27,7 +27,7 @@ arguments = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="auto").to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-text = read_text(arguments.text, arguments.tokens)
+text = read_text(arguments.text, arguments.tokens, tokenizer=tokenizer)
 windows = token_windows(text, tokenizer, arguments.tokens, arguments.window).to(device)
 
 losses, sizes = {}, {}

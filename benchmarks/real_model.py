@@ -104,14 +104,12 @@ def accuracy(model: Any, tokenizer: Any, asked: list[list[dict]], by_length: boo
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any) -> list[str]:
     """Greedy answers to the prompts."""
-    written = []
-    for prompt in PROMPTS:
-        turns = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=128, do_sample=False)
-        written.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip())
-    return written
+    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+    texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in chats]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+    return [text.strip() for text in tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -119,7 +117,7 @@ def measure(options: argparse.Namespace) -> None:
     checkpoint = open_checkpoint(options.model)
     tokenizer, source = load_tokenizer(checkpoint.folder, options.model), load_model(checkpoint, DEVICE, DTYPE)
     texts = {
-        name: token_windows(read_text(file, options.tokens), tokenizer, options.tokens, 1024)
+        name: token_windows(read_text(file, options.tokens, tokenizer=tokenizer), tokenizer, options.tokens, 1024)
         for name, file in (("books", options.books), ("wikitext-2", options.wikitext))
         if file is not None
     }

@@ -95,13 +95,13 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="DIR", help="keep the converted checkpoint there")
 
     plan = command("plan", run_plan, "say what a conversion would give and take; reads headers only")
-    plan.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    plan.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or Hub id")
     add_size(plan)
     add_dtype(plan)
     add_revision(plan)
 
     convert = command("convert", run_convert, "convert a checkpoint")
-    convert.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    convert.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or Hub id")
     convert.add_argument("out", metavar="OUT", help="folder to write")
     add_size(convert)
     convert.add_argument(
@@ -114,8 +114,10 @@ def parser() -> argparse.ArgumentParser:
         "--calibration",
         action="append",
         metavar="TEXT",
-        help="a text (.txt, .txt.xz), a data set, or self, which the source writes; may be repeated (bundled prose; GPU: and self)",
+        help="a text (.txt, .jsonl with text or messages, either as .xz), a data set, or self, which the source writes; may be "
+        "repeated (bundled prose, and self where there is memory and time)",
     )
+    convert.add_argument("--keep-own-text", action="store_true", default=None, help="leave what the source wrote in own_text.jsonl")
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
     convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
     convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
@@ -137,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
 
     verify = command("verify", run_verify, "measure a converted model against its source")
     verify.add_argument("out", metavar="OUT", help="converted checkpoint")
-    verify.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
-    verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .txt.xz) or data set")
+    verify.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf or Hub id")
+    verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .jsonl, or either as .xz) or data set")
     verify.add_argument("--tokens", type=int, metavar="N", help="tokens of it to use (98304)")
     verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
     add_device(verify)
@@ -148,8 +150,10 @@ def parser() -> argparse.ArgumentParser:
     heal = command("heal", run_heal, "train a converted model to predict what its source predicts")
     heal.add_argument("out", metavar="OUT", help="converted checkpoint")
     heal.add_argument("dest", metavar="DEST", help="folder to write")
-    heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
-    heal.add_argument("--text", required=True, metavar="FILE", help="text (.txt, .txt.xz) or data set; a part is held back")
+    heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf or Hub id")
+    heal.add_argument(
+        "--text", required=True, metavar="FILE", help="text (.txt, .jsonl, or either as .xz) or data set; a part is held back"
+    )
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
     heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")
     heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")
@@ -166,7 +170,9 @@ def parser() -> argparse.ArgumentParser:
 
     bench = command("bench", run_bench, "time decoding with a converted model and with its source")
     bench.add_argument("out", metavar="OUT", help="converted checkpoint")
-    bench.add_argument("--against", required=True, metavar="SOURCE", help="what it was converted from: folder or Hub id")
+    bench.add_argument(
+        "--against", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf file or Hub id"
+    )
     bench.add_argument("--batch", type=int, metavar="N", help="sequences decoded at once (1)")
     bench.add_argument("--context", type=int, nargs="+", metavar="N", help="tokens in each; several may be given (2048)")
     bench.add_argument("--new-tokens", type=int, metavar="N", help="steps that are timed together (32)")
@@ -176,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     add_revision(bench)
 
     info = command("info", run_info, "describe a checkpoint, converted or not")
-    info.add_argument("source", metavar="SOURCE", help="checkpoint folder or Hub id")
+    info.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or Hub id")
     info.add_argument("--plot", metavar="FILE", help="draw a conversion's spectra and errors to a .png, .svg or .pdf file")
     add_revision(info)
 
@@ -259,8 +265,9 @@ def run_convert(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla convert`."""
     from .commands.convert import convert
 
-    result = convert(**given(options))
-    show(result, as_json, lambda: convert_table(result))
+    result: Any = convert(**given(options))
+    if result.perplexity is not None:  # of several processes, the main one knows the result
+        show(result, as_json, lambda: convert_table(result))
     return 0
 
 

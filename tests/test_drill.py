@@ -26,11 +26,13 @@ from hf_mla_conversion.commands import convert as converter
 from hf_mla_conversion.output.folder import clear, entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.own_text import BUNDLED_NAME
 
 
 TAKES_ROOM = {"open", "os.mkdir"}
 EVENTS = TAKES_ROOM | {"os.rename", "os.remove", "os.rmdir"}
 SIZES = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration-tokens", "512", "--steps", "0", "--device", "cpu"]
+SIZES += ["--calibration", BUNDLED_NAME]  # or a line would say what that costs
 
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

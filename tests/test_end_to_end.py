@@ -8,9 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import MODEL, VALIDATION, make_source
-from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.commands import convert as converter_module
@@ -105,10 +103,9 @@ def test_nothing_worse_is_written(tmp_path, source, monkeypatch):
     ruined = convert(source, str(tmp_path / "ruined"), heal_tokens=2048, **OPTIONS)
     layers = convert(source, str(tmp_path / "layers"), **OPTIONS)
     assert layers.end_to_end is None and layers.layers_alone is None
-    assert ruined.perplexity_ratio == pytest.approx(layers.perplexity_ratio, rel=1e-4)
-    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("ruined", "layers"))
-    ids = torch.arange(24)[None]
-    torch.testing.assert_close(first(ids).logits, second(ids).logits, rtol=1e-3, atol=1e-4)
+    assert ruined.perplexity_ratio <= layers.perplexity_ratio * (1 + 1e-4)
+    perplexities = [entry["perplexity"] for entry in ruined.end_to_end.history if "perplexity" in entry]
+    assert min(perplexities) == pytest.approx(ruined.perplexity.converted, rel=1e-4) and max(perplexities) > 2 * min(perplexities)
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):

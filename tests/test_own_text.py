@@ -9,6 +9,9 @@ from conftest import MODEL, VALIDATION, make_mla, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert
+from hf_mla_conversion.commands import convert as convert_module
+from hf_mla_conversion.commands import demo as demo_module
+from hf_mla_conversion.commands.plan import disk_estimate
 from hf_mla_conversion.mathematics import reconstruct
 from hf_mla_conversion.mathematics.closed_form import (
     IDENTITY_NORM_EPS,
@@ -20,7 +23,9 @@ from hf_mla_conversion.mathematics.moments import CAP, gradient_moment
 from hf_mla_conversion.mathematics.reconstruct import interleaved, mixed
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.checkpoint import open_checkpoint
-from hf_mla_conversion.source.own_text import Scribe, chat_scripts, own_windows, write_text
+from hf_mla_conversion.source.matching import match_model
+from hf_mla_conversion.source.own_text import Scribe, chat_scripts, own_windows, write_own_text, write_text
+from hf_mla_conversion.source.text import read_text, token_windows
 
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -67,7 +72,7 @@ def test_turns_follow_each_other_and_texts_begin_anew():
 
 
 def test_without_chance_it_writes_what_the_library_generates(source, monkeypatch):
-    monkeypatch.setattr(own_text, "LEAST_SHARE", 1.0)  # only the likeliest token is left
+    monkeypatch.setattr(own_text, "draw", lambda logits, _generator: logits.argmax(-1))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     ids = write_text(model, tokenizer, 4, 24, seed=3)
     for row in ids:
@@ -89,7 +94,7 @@ def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monke
 
     def stop(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the first is for the estimate
             raise KeyboardInterrupt
         return write(*arguments)
 
@@ -97,13 +102,15 @@ def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0)
     assert torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0), whole)
-    assert len(calls) == 5  # of four batches, two were written before
+    assert len(calls) == 4 + 3  # of four batches, two were written before
     assert not torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "c", cpu, 256, 32, seed=1), whole)
 
 
 def test_several_texts_are_mixed_and_measured_each(source, tmp_path):
     out = tmp_path / "out"
-    report = convert(source, str(out), calibration=["self", VALIDATION], calibration_tokens=8192, steps=2, **SIZES)
+    given = {"calibration": ["self", VALIDATION], "calibration_tokens": 8192, "keep_own_text": True}
+    report = convert(source, str(out), **given, steps=2, kv_budget=0.6, device="cpu")
+    assert len(report.candidates) > 1
     assert [text.name for text in report.texts] == [VALIDATION, "self"]
     assert sum(text.held_back_tokens for text in report.texts) == report.held_back_tokens
     assert report.calibration_tokens == 8192
@@ -111,10 +118,14 @@ def test_several_texts_are_mixed_and_measured_each(source, tmp_path):
     recipe = json.loads((out / "conversion.json").read_text())["recipe"]
     assert recipe["calibration"] == f"self and {VALIDATION}"
     assert len(recipe["own_text_sha256"]) == 64
+    kept = [json.loads(line)["text"] for line in (out / "own_text.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(kept) == 4096 / 256 and all(kept)
     with pytest.raises(UserError, match="--window is 1000; allowed: 2 to 256"):
         convert(source, str(tmp_path / "other"), window=1000, **SIZES)
     with pytest.raises(UserError, match="--calibration names no text"):
         convert(source, str(tmp_path / "other"), calibration=[], **SIZES)
+    with pytest.raises(UserError, match=f"--keep-own-text keeps what the source writes, the text here is {VALIDATION}; add"):
+        convert(source, str(tmp_path / "other"), calibration=VALIDATION, keep_own_text=True, **SIZES)
 
 
 def test_windows_of_all_texts_come_evenly():
@@ -166,10 +177,90 @@ def test_gradients_of_sinks_and_outliers_do_not_decide():
     assert (gradient_moment(outlier) - expected).norm() < 1.2 * (CAP * median) ** 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_are_drawn_as_often_as_they_are_likely(dtype):
+    """By the library's own sampling of the same probabilities: both within what chance does."""
+    logits, count = torch.tensor([3.0, 2.0, 2.0, 1.0, -1.0, -2.0], dtype=dtype), 40000
+    expected = torch.multinomial(logits.float().softmax(-1), count, replacement=True).bincount(minlength=6)
+    found = own_text.draw(logits.expand(count, -1), torch.Generator().manual_seed(0)).bincount(minlength=6)
+    assert ((found - expected).abs() < 5 * (2 * expected + 1).sqrt()).all()
+
+
+def test_own_text_that_was_kept_is_read_again(tmp_path):
+    tokenizer = tokenizer_with(None)
+    ids = token_windows(read_text(VALIDATION, 256), tokenizer, 256, 64)
+    ids[:, 32] = tokenizer.eos_token_id
+    write_own_text(tokenizer, ids.view(2, 128), 64, tmp_path / "own_text.jsonl")
+    text = read_text(str(tmp_path / "own_text.jsonl"), 1000)
+    assert text.split("\n\n" + tokenizer.decode(ids[1])[:20])[0] == tokenizer.decode(ids[0])
+    windows = token_windows(text, tokenizer, 280, 280)
+    assert (windows == tokenizer.eos_token_id).sum() == 4
+
+
+def names_by(calibration=None, device="cpu", tokens=4096, fitted=10240, earlier=None):
+    return own_text.text_names(calibration, None, SimpleNamespace(type=device), tokens, fitted, earlier)
+
+
+def test_own_text_is_written_where_there_is_memory_and_time(monkeypatch):
+    alone, both = [own_text.BUNDLED_NAME], [own_text.BUNDLED_NAME, "self"]
+    monkeypatch.setattr(own_text, "own_text_fits", lambda *_: True)
+    assert names_by() == both  # 2,048 tokens of it are a fifth of 10,240
+    assert names_by(tokens=4098) == alone
+    assert names_by(fitted=0) == alone
+    assert names_by(device="cuda", fitted=0) == both
+    assert names_by(earlier=own_text.BUNDLED_NAME) == alone
+    monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
+    assert names_by() == names_by(device="cuda") == alone
+    assert names_by(earlier="bundled English prose and self") == both
+
+
+def test_what_fits_is_counted_in_the_numbers_computed_with(source, monkeypatch):
+    checkpoint, cpu = open_checkpoint(source), torch.device("cpu")
+    for free, fits in ((6 * checkpoint.parameters, False), (6 * checkpoint.parameters + 1, True)):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert own_text.own_text_fits(checkpoint, cpu) is fits
+
+
+def test_what_was_chosen_first_holds(source, tmp_path, monkeypatch, caplog):
+    options = {"calibration_tokens": 256, "window": 16, "steps": 1, **SIZES}  # 128 tokens of its own, a fit of 1,024
+    write, calls, estimates = own_text.write_text, [], []
+    monkeypatch.setattr(own_text, "MOST_SEQUENCES", {"cpu": 4})
+    monkeypatch.setattr(convert_module, "disk_estimate", lambda *arguments: estimates.append(arguments[-1]) or 0)
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:  # the first is for the estimate
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(own_text, "write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, str(tmp_path / "out"), **options)
+    assert "writes 128 tokens to calibrate on, which takes 0.0 minutes or more" in caplog.text
+    monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
+    report = convert(source, str(tmp_path / "out"), **options)
+    assert [text.name for text in report.texts] == [own_text.BUNDLED_NAME, "self"]
+    assert estimates == [128, 128]
+    assert "prose alone" not in caplog.text
+    convert(source, str(tmp_path / "other"), **options)
+    assert f"calibrating on the bundled English prose alone: text of its own would take {source}" in caplog.text
+
+
+def test_own_text_takes_disk(source):
+    checkpoint = match_model(open_checkpoint(source))
+    with_it, without = (disk_estimate(checkpoint, 1000, 4096, 256, "cpu", own) for own in (1000, 0))
+    assert with_it - without == 12000
+
+
+def test_the_demo_is_calibrated_on_the_bundled_prose_alone(monkeypatch):
+    monkeypatch.setattr(demo_module, "convert", lambda *_, **options: pytest.fail(options["calibration"]))
+    with pytest.raises(pytest.fail.Exception, match="^bundled English prose$"):
+        demo_module.demo()
+
+
 def test_texts_are_chosen_by_their_whole_names(source, monkeypatch):
     gpu = SimpleNamespace(type="cuda")
     monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
-    assert own_text.text_names("myself.txt", None, gpu) == ["myself.txt"]
-    assert own_text.text_names(None, None, gpu) == [own_text.BUNDLED_NAME]
+    assert own_text.text_names("myself.txt", None, gpu, 4096, 0) == ["myself.txt"]
     with pytest.raises(UserError, match="--calibration self needs all of"):
-        own_text.text_names(["a.txt", "self"], open_checkpoint(source), gpu)
+        own_text.text_names(["a.txt", "self"], open_checkpoint(source), gpu, 4096, 0)

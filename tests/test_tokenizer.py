@@ -2,7 +2,6 @@
 
 import builtins
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -366,50 +365,3 @@ def test_missing_packages_are_named(source, monkeypatch, file, message):
     monkeypatch.setattr(tokenizer_module, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=message):
         load_tokenizer(source, "source")
-
-
-NOT_TEXT = {
-    "chat.jsonl": '{"text": "The sea"}\n',
-    "chat.json": '[{"text": "The sea"}]',
-    "chat.JSONL.xz": lzma.compress(b'{"text": "The sea"}'),
-    "table.csv": "text\nThe sea\n",
-    "table.parquet": b"PAR1",
-    "text.txt.gz": b"\x1f\x8b",
-}
-
-
-@pytest.mark.parametrize(("name", "content"), NOT_TEXT.items())
-def test_what_is_no_plain_text_is_refused(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"is not plain text \(\.\w+\); write the text that is in it to a \.txt"):
-        read_text(str(tmp_path / name), 100)
-    with pytest.raises(UserError, match="there is no text file"):
-        read_text(str(tmp_path / f"no-{name}"), 100)
-
-
-def test_encodings_of_text(tmp_path):
-    (tmp_path / "marked.txt").write_text("The sea", encoding="utf-8-sig")
-    assert read_text(str(tmp_path / "marked.txt"), 100) == "The sea"
-    (tmp_path / "wide.txt").write_text("The sea", encoding="utf-16-le")
-    with pytest.raises(UserError, match="zero bytes"):
-        read_text(str(tmp_path / "wide.txt"), 100)
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(UserError, match="is a pipe or device"):
-        read_text(str(tmp_path / "pipe.txt"), 100)
-
-
-def test_data_sets_are_not_asked_for_code_and_hold_strings(monkeypatch):
-    rows = [{"text": "The sea"}, {"text": None}, {"text": "and the ship"}]
-
-    def load_dataset(*_, **__):
-        assert os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] == "0"
-        return rows
-
-    monkeypatch.setenv("HF_DATASETS_TRUST_REMOTE_CODE", "")
-    monkeypatch.delenv("HF_DATASETS_TRUST_REMOTE_CODE")
-    monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
-    sys.modules["datasets"].load_dataset = load_dataset
-    assert read_text("org/name", 100) == "The sea\n\n\n\nand the ship"
-    rows.append({"text": ["The", "sea"]})
-    with pytest.raises(UserError, match='no strings in the column "text" but list'):
-        read_text("org/name", 100)

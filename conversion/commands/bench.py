@@ -71,7 +71,7 @@ def bench(
 
     Args:
         out: the converted checkpoint.
-        against: its source, a folder or a Hub id.
+        against: its source, a folder, a .gguf file or a Hub id.
         batch: sequences that are decoded at once.
         context: tokens in each; several are measured one after the other. None: 2048, or as many as the model allows.
         new_tokens: steps that are timed together.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..errors import UserError
@@ -18,14 +19,14 @@ from ..mathematics.closed_form import mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
-from ..output.progress import size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.progress import earlier_recipe, size_folder, source_fingerprint, token_fingerprint, versions, work_on
 from ..output.reports import Candidate, Closeness, ConvertReport, FrontierPoint, HealReport, PlanReport
 from ..output.writing import check_carried, check_repository, upload, write_model, write_record
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, free_memory, launched_processes, load_model
 from ..source.matching import ModelCheckpoint, match_model
-from ..source.own_text import BUNDLED_NAME, OWN_TEXT, own_windows, text_names
+from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
 from ..stages.end_to_end import (
@@ -66,6 +67,7 @@ def convert(
     max_ratio: float | None = None,
     qk_norm: str = "exact",
     calibration: str | Sequence[str] | None = None,
+    keep_own_text: bool = False,
     calibration_tokens: int | None = None,
     window: int | None = None,
     steps: int | None = None,
@@ -82,7 +84,7 @@ def convert(
     """Convert a GQA or MHA checkpoint to MLA. When it was interrupted or killed, the same call goes on where it stopped.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         out: the folder to write; one that is not there appears when the conversion is complete.
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
@@ -91,8 +93,10 @@ def convert(
             source's; several are converted to find it.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
-        calibration: a .txt or .txt.xz file, a data set, or "self" for text that the source writes itself; or several of these,
-            mixed evenly. None for the bundled English prose, on a GPU mixed with "self".
+        calibration: a .txt file, a .jsonl file with texts or chats (see `read_text`), either as .xz, a data set of such, or "self"
+            for text that the source writes itself; or several of these, mixed evenly. None for the bundled English prose, mixed
+            with "self" where there is memory for it, and on a CPU no more than a fifth of the time of the fit.
+        keep_own_text: leave what the source wrote in the output, as own_text.jsonl.
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
         window: tokens of a sequence; None for the model's context, 2,048 at most.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
@@ -140,26 +144,33 @@ def convert(
     window = min(SCALES[run_device.type].window, context) if window is None else window
     if not 2 <= window <= context:
         raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
-    names = text_names(calibration, checkpoint, run_device)
-    least = 4 * len(names)
-    if tokens < least:
-        raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
-    share = tokens // len(names)
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
     numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
     heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)
     if steps is None:
         steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
+    earlier = None if restart else earlier_recipe(out).get("calibration")
+    fitted = steps * max(SCALES[run_device.type].step, window)
+    # Each process has its own idea of the memory that is free.
+    names = broadcast_object_list([text_names(calibration, checkpoint, run_device, tokens, fitted, earlier)])[0]
+    if keep_own_text and OWN_TEXT not in names:
+        raise UserError(
+            f"--keep-own-text keeps what the source writes, the text here is {' and '.join(names)}; add --calibration self"
+        )
+    least = 4 * len(names)
+    if tokens < least:
+        raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
+    share = tokens // len(names)
     read = max(share, heal_tokens // len(names) // TIMES_READ)
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type)
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, read if OWN_TEXT in names else 0)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
     if max_ratio is not None:
         room *= 2  # the best so far is kept beside the one at work
-    path = check_output(out, [checkpoint.folder], room, processes, overwrite=overwrite)
+    path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
@@ -202,6 +213,8 @@ def convert(
             processes.wait_for_everyone()
             texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
+        elif calibration is None and processes.is_main_process:
+            logger.warning(ALONE, source)
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
@@ -260,6 +273,8 @@ def convert(
             shutil.rmtree(output, ignore_errors=True)
             (size_folder(folder, best) / "output").rename(output)
             write_record(output, checkpoint, config, report, recipe, spectra)
+            if keep_own_text:
+                write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), output / "own_text.jsonl")
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report

@@ -71,8 +71,8 @@ def heal(
     Args:
         out: the converted checkpoint.
         dest: the folder to write; one that is not there appears when all is done.
-        teacher: what `out` was converted from; a folder or a Hub id.
-        text: a .txt or .txt.xz file, or a data set; a part of it is held back to measure on.
+        teacher: what `out` was converted from; a folder, a .gguf file or a Hub id.
+        text: a file or a data set, as for `convert`; a part of it is held back to measure on.
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
         lora_rank: rank of the adapters.
@@ -124,7 +124,7 @@ def heal(
             run_device,
         ),
     )
-    folders = [student_checkpoint.folder, teacher_checkpoint.folder]
+    folders = [student_checkpoint.folder, teacher_checkpoint.folder, *teacher_checkpoint.paths.values()]
     room = student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained)
     path = check_output(dest, folders, room, processes, overwrite=overwrite)
     if dry_run:
@@ -132,7 +132,7 @@ def heal(
     tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
     check_same_tokenizer(student_checkpoint.folder, out, tokenizer, teacher, trust_remote_code)
     most = (steps * step_tokens // window + HELD_BACK) * window
-    windows = token_windows(read_text(text, most), tokenizer, most, window, seed)
+    windows = token_windows(read_text(text, most, tokenizer=tokenizer), tokenizer, most, window, seed)
     check_vocabulary(windows, student_checkpoint)
     unit = micro * processes.num_processes  # windows in a forward pass of all processes, which evaluations are whole numbers of
     held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)

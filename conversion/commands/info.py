@@ -20,7 +20,7 @@ def info(source: str, *, revision: str | None = None, plot: str | None = None) -
     """Describe a checkpoint, converted or not, from its configuration and safetensors headers.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         revision: branch, tag or commit of a Hub id.
         plot: a .png, .svg or .pdf file to draw the spectra and errors of a conversion to; needs matplotlib.
 

@@ -32,7 +32,7 @@ def plan(
     """Say what converting `source` would give and take, reading configuration and safetensors headers only.
 
     Args:
-        source: a checkpoint folder or a Hub id.
+        source: a checkpoint folder, a .gguf file or a Hub id.
         kv_budget: share of the original cache to keep, in (0, 1], split by a rule here, by measurement in `convert`; or give
             the two sizes.
         kv_lora_rank: width of the latent.
@@ -199,7 +199,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     )
 
 
-def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str) -> int:
+def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, own: int = 0) -> int:
     """Bytes on disk that a conversion takes at its peak, if hidden states of the calibration text fit in memory.
 
     Args:
@@ -208,6 +208,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
         tokens: of calibration text.
         window: tokens in a sequence.
         device: type of the device.
+        own: tokens of text that the source writes: 4 bytes each, and up to 8 as text if that is kept.
 
     Returns:
         Bytes of the output, and of what is kept until it is whole.
@@ -218,7 +219,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
     attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
     layers = bytes_written * attention // checkpoint.parameters
-    return config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
+    return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 
 def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: Any) -> None:

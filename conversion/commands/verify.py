@@ -43,8 +43,8 @@ def verify(
 
     Args:
         out: the converted checkpoint.
-        against: its source, a folder or a Hub id.
-        text: a .txt or .txt.xz file that neither training nor calibration saw, or a data set.
+        against: its source, a folder, a .gguf file or a Hub id.
+        text: a .txt or .jsonl file, or either as .xz, that neither training nor calibration saw, or a data set.
         tokens: how many tokens of it to use, from its start.
         max_ratio: the highest perplexity ratio that passes, at any length; None passes any.
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -65,7 +65,7 @@ def verify(
     check_pair(converted_checkpoint, source_checkpoint)
     tokenizer = load_tokenizer(source_checkpoint.folder, against, trust_remote_code)
     check_same_tokenizer(converted_checkpoint.folder, out, tokenizer, against, trust_remote_code)
-    ids = token_windows(read_text(text, tokens), tokenizer, tokens, tokens)[0]
+    ids = token_windows(read_text(text, tokens, tokenizer=tokenizer), tokenizer, tokens, tokens)[0]
     check_vocabulary(ids, source_checkpoint)
     contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings)
     run_device = choose_device(device)

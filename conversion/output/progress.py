@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..source.checkpoint import Checkpoint
+from ..source.checkpoint import Checkpoint, user_path
 from .folder import RECIPE, check_free, clear, locked, put_in_place, undo, work_folder
 
 
@@ -100,6 +100,15 @@ def begin(folder: Path, recipe: dict[str, Any], *, restart: bool) -> None:
         write_json(recipe, folder / RECIPE)
 
 
+def earlier_recipe(out: str) -> dict[str, Any]:
+    """The recipe of unfinished work on an output, as the user gave it; empty if there is none that can be read."""
+    try:
+        recipe = json.loads((work_folder(user_path(out).resolve()) / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # the last from links in a circle
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def check_unchanged(sources: Mapping[str, Checkpoint], recipe: dict[str, Any], folder: Path) -> None:
     """Raise a UserError if a source is not any more what it was when the work began; such work is thrown away."""
     for name, checkpoint in sources.items():
@@ -147,17 +156,14 @@ def versions() -> dict[str, str]:
 
 
 def source_fingerprint(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of config.json and of every shard, by file name; for a Hub checkpoint these are what the Hub shows."""
-    assert checkpoint.folder is not None
-    files = ["config.json", *checkpoint.files]
+    """SHA-256 of config.json and of every shard, or of a .gguf file, by file name; for a Hub checkpoint these are what it shows."""
 
-    def digest(name: str) -> str:
-        assert checkpoint.folder is not None
-        with open(checkpoint.folder / name, "rb") as file:
+    def digest(path: Path) -> str:
+        with open(path, "rb") as file:
             return file_digest(file)
 
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(files, pool.map(digest, files), strict=True))
+        return dict(zip(checkpoint.paths, pool.map(digest, checkpoint.paths.values()), strict=True))
 
 
 def file_digest(file: Any) -> str:

@@ -3,18 +3,24 @@
 
 * Headers first: a truncated shard or an index that names an absent one is found before any weight is read. Whether the tensors
   are those of a model is found next, in `matching.py`.
+* A .gguf file (`gguf_file.py`) is a checkpoint as well, of tensors in bfloat16.
 * `ShardWriter` writes shards tensor by tensor.
 """
 
 import json
 import math
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, brief
+from .families import FAMILIES
+from .gguf_file import GGUFFile, is_gguf
 
 
 if TYPE_CHECKING:
@@ -69,7 +75,7 @@ class Checkpoint:
     """The Transformers configuration."""
     tensors: dict[str, TensorHeader]
     folder: Path | None = field(default=None)
-    """Where it lies on disk; None for a Hub checkpoint of which only headers were read."""
+    """Where it lies on disk; None if only headers were read of a Hub checkpoint or a .gguf file."""
 
     def __post_init__(self) -> None:
         if not self.tensors:
@@ -94,9 +100,10 @@ class Checkpoint:
         return max(counts, key=lambda dtype: (dtype in ITEMSIZE, counts[dtype]))
 
     @property
-    def files(self) -> list[str]:
-        """The shards that hold the tensors."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+    def paths(self) -> dict[str, Path]:
+        """The files that make it what it is, by name: config.json and the shards."""
+        assert self.folder is not None
+        return {name: self.folder / name for name in ["config.json", *sorted({tensor.file for tensor in self.tensors.values()})]}
 
     def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
         """Read some tensors into memory of their own.
@@ -130,13 +137,38 @@ class Checkpoint:
         return loaded
 
 
+@dataclass(frozen=True, kw_only=True)
+class GGUFCheckpoint(Checkpoint):
+    """A .gguf file, whose tensors are dequantized as they are read. `folder` has what else was in it, and no weights."""
+
+    file: GGUFFile
+    """The file."""
+
+    @property
+    def paths(self) -> dict[str, Path]:
+        """The file."""
+        return {self.file.path.name: self.file.path}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors in the file."""
+        return sum(int(tensor.n_bytes) for tensor in self.file.tensors.values())
+
+    def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
+        """Dequantize some tensors; see `Checkpoint.load`."""
+        import torch
+
+        stored = getattr(torch, self.file.dtype)
+        return {name: self.file.tensor(name, stored).to(device, dtype) for name in names}
+
+
 def open_checkpoint(source: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:
-    """Open a folder or a Hub id and check that it is a whole checkpoint.
+    """Open a folder, a .gguf file or a Hub id and check that it is a whole checkpoint.
 
     Args:
-        source: a folder, or a Hub id; an id is downloaded (or taken from the local cache when offline).
+        source: a folder, a .gguf file, or a Hub id; an id is downloaded (or taken from the local cache when offline).
         revision: branch, tag or commit of a Hub id.
-        headers_only: of a Hub id, fetch configuration and safetensors headers only.
+        headers_only: of a Hub id, fetch configuration and safetensors headers only; of a .gguf file, leave the tokenizer.
 
     Returns:
         The checkpoint. Whether its family can be converted is not checked here, nor whether its tensors are those of a model.
@@ -146,8 +178,12 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
     """
     folder = user_path(source)
     if not folder.is_dir():
+        if is_gguf(folder):
+            return open_gguf(folder, source, headers_only=headers_only)
         if folder.exists():
-            raise UserError(f"{source} is a file; give the folder that holds config.json and *.safetensors")
+            raise UserError(f"{source} is a file; give a .gguf file, or the folder that holds config.json and *.safetensors")
+        if source.lower().endswith(".gguf"):
+            raise UserError(f"there is no file {source}; download a .gguf file of the Hub first: hf download REPOSITORY FILE")
         if not HUB_ID.fullmatch(source):
             raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
         headers = hub_headers(source, revision) if headers_only else None
@@ -164,6 +200,24 @@ def read_folder(folder: Path, source: str) -> Checkpoint:
     return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
 
 
+def open_gguf(path: Path, source: str, *, headers_only: bool) -> Checkpoint:
+    """Open a .gguf file, which the user called `source`; see `open_checkpoint`."""
+    file = GGUFFile(path, source)
+    config = file.config()
+    tensors = {name: TensorHeader(file.shape(name), DTYPES[file.dtype], path.name) for name in file.tensors}
+    if headers_only or file.architecture not in FAMILIES:
+        return GGUFCheckpoint(source, config, tensors, file=file)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="hf_mla-"))
+        checkpoint = GGUFCheckpoint(source, config, tensors, folder, file=file)
+        weakref.finalize(checkpoint, shutil.rmtree, folder, ignore_errors=True)
+        config.save_pretrained(folder)
+        file.write_rest(folder)
+    except OSError as error:
+        raise UserError(f"cannot write to {tempfile.gettempdir()}: {error.strerror or error}; set TMPDIR to a folder") from None
+    return checkpoint
+
+
 def refuse_adapter(source: str) -> NoReturn:
     """Refuse a folder with an adapter; beside a model too, for Transformers would load the one that the adapter names."""
     raise UserError(f"{source} is an adapter ({ADAPTER}); merge it with its model (PEFT's merge_and_unload) and convert the result")
@@ -173,7 +227,8 @@ def refuse_format(source: str) -> NoReturn:
     """Refuse weights that are not in safetensors files."""
     raise UserError(
         f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}; if it has weights of "
-        "another format, load it with Transformers and save it again with save_pretrained"
+        "another format, load it with Transformers and save it again with save_pretrained; a .gguf file is given itself, "
+        "downloaded first"
     )
 
 
@@ -240,7 +295,9 @@ def read_config(folder: Path, source: str) -> Any:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{source} is not a checkpoint: it has no config.json")
+        inside = sorted(file.name for file in folder.glob("*.gguf"))
+        hint = f"; give one of its .gguf files, such as {source.rstrip('/')}/{inside[0]}" if inside else ""
+        raise UserError(f"{source} is not a checkpoint: it has no config.json{hint}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

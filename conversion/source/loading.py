@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError, brief
-from .checkpoint import DTYPES, Checkpoint
+from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
 from .matching import match_model
 
 
@@ -26,17 +26,22 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     Raises:
         UserError: the tensors are not those of a model (see `match_model`), or the library cannot load them.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     checkpoint = match_model(checkpoint)
     assert checkpoint.folder is not None
     if dtype == "auto":
         dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
+    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, dtype=dtype, device_map=device_map, output_loading_info=True
-        )
+        loaded: Any
+        if isinstance(checkpoint.stored, GGUFCheckpoint):
+            state = checkpoint.load([*checkpoint.tensors], "cpu")
+            loaded = type(checkpoint.model).from_pretrained(None, config=checkpoint.config, state_dict=state, **options)
+            loaded[0].generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     except Exception as error:  # any type: what a configuration can break is up to the library
         raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
     model, loading = loaded

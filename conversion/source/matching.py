@@ -8,6 +8,7 @@ on, in the plan, in the layers that are read, and in the output.
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,9 @@ class ModelCheckpoint(Checkpoint):
     """The library's converters by pattern."""
 
     @property
-    def files(self) -> list[str]:
-        """All shards."""
-        return self.stored.files
+    def paths(self) -> dict[str, Path]:
+        """As the files are named."""
+        return self.stored.paths
 
     @property
     def kept(self) -> dict[str, TensorHeader]:

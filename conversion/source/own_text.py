@@ -5,17 +5,20 @@
   template: the model writes the user's part too. Both go on to the end of the sequence, with new texts and new turns.
 * All sequences of a batch grow together, token by token, in one cache that is filled in place: nothing is padded, nothing masked,
   and a batch is as large as memory allows, since a step of thousands of sequences costs hardly more than one of a few.
-* Temperatures differ from sequence to sequence. Tokens less likely than a share of the likeliest are never drawn; it is the
-  tail of the distribution that turns long texts into noise.
+* Tokens are drawn as likely as the model finds them: text that was cut to what is likely, or written at several temperatures,
+  teaches less of other texts (docs/reconstruction.md).
 """
 
 import json
-from collections.abc import Sequence
+import logging
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -25,13 +28,24 @@ from .checkpoint import Checkpoint, load_file, save_file
 from .loading import compute_dtype, load_model
 
 
+logger = logging.getLogger(__name__)
+
 OWN_TEXT = "self"  # in place of a text's name
 BUNDLED_NAME = "bundled English prose"
 LENGTH = 1024  # tokens of a sequence, at most
-TEMPERATURES = (1.0,)
-LEAST_SHARE = 0.0  # of the likeliest token's probability, untempered
 MEMORY_SHARE = 0.6  # of what is free, for keys, values and logits
+# A CPU writes own text unasked if it has at most this share of the tokens that the steps of a layer go through: a token written
+# takes half to all of the time that one fitted to takes (docs/reconstruction.md).
+CPU_SHARE = 0.2
+TIMED_TOKENS = 4  # of each sequence, for an estimate of the time that writing takes
+ALONE = (
+    "calibrating on the bundled English prose alone: text of its own would take %s more than a fifth of the fit's time, or more "
+    "memory than is free. Other kinds of text lose more: layers of SmolLM2-135M had errors of 0.191 on wikitext-2 and 0.122 on its "
+    "own text, with half of it own text 0.177 and 0.098. Give a --calibration like your text, or self"
+)
 MOST_SEQUENCES = {"cuda": 2048, "cpu": 32}  # in a batch
+# Not cuDNN's, which plans anew for every length of the cache: 45 s for a thousand.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 WRITING = -1  # in place of a position in a script
 
 
@@ -124,13 +138,18 @@ class Scribe:
         return tokens
 
 
-def draw(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:
-    """A token for each row of logits [B, vocabulary]."""
-    logits = logits.float()
-    least = logits.amax(-1, keepdim=True) + torch.tensor(LEAST_SHARE).log().item()
-    shares = (logits / temperatures.unsqueeze(1)).masked_fill_(logits < least, -torch.inf).softmax(-1)
-    # The largest of p / e, with e exponentially distributed, is distributed as p.
-    return shares.div_(torch.empty_like(shares).exponential_(generator=generator)).argmax(-1)
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A token for each row of logits [B, vocabulary].
+
+    The largest of p / e, with e exponentially distributed, is distributed as p; so is the largest of logit - log e.
+    For a batch of thousands it counts how often the whole table is read and written.
+    """
+    scores = torch.empty_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if logits.device.type == "cpu":  # where its own exponential numbers take most of the time of a draw
+        scores.uniform_(torch.finfo(scores.dtype).tiny, generator=generator).log_().neg_()
+    else:
+        scores.exponential_(generator=generator)
+    return torch.sub(logits, scores.log_(), out=scores).argmax(-1)
 
 
 def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: int) -> int:
@@ -140,12 +159,12 @@ def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * itemsize
-    fitting = int(MEMORY_SHARE * free / (cached + 20 * config.vocab_size))
+    fitting = int(MEMORY_SHARE * free / (cached + 12 * config.vocab_size))
     return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
 
 
 @torch.no_grad()
-def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, written: Callable[[], Any] = lambda: None) -> Tensor:
     """Let a model write.
 
     Args:
@@ -154,44 +173,86 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int) -
         count: sequences.
         length: tokens of each.
         seed: of what is drawn.
+        written: called when another token of each is there.
 
     Returns:
         Token ids [count, length], on the CPU.
     """
     device = model.device
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of the cache: 45 s for a thousand
     generator = torch.Generator(device).manual_seed(seed)
     ends = {tokenizer.eos_token_id, *torch.tensor(model.generation_config.eos_token_id or []).flatten().tolist()} - {None}
     scribe = Scribe(tokenizer, sorted(ends), count, device, generator)
-    temperatures = torch.tensor(TEMPERATURES, device=device)[torch.arange(count, device=device) // 2 % len(TEMPERATURES)]
     cache = DynamicCache()
     cache.layers = [FullLayer(length) for _ in range(model.config.num_hidden_layers)]
     ids = torch.empty(count, length, dtype=torch.long, device=device)
     tokens = scribe.next(torch.zeros(count, dtype=torch.long, device=device))
-    for position in tqdm(range(length), desc=f"writing {count:,} sequences", unit="token"):
+    for position in range(length):
         ids[:, position] = tokens
+        written()
         if position + 1 < length:
             positions = torch.tensor([[position]], device=device)
-            states = model.model(tokens.unsqueeze(1), None, positions, cache).last_hidden_state  # [B, 1, D]
-            tokens = scribe.next(draw(model.lm_head(states[:, -1]), temperatures, generator))
+            with sdpa_kernel(ATTENTION):
+                states = model.model(tokens.unsqueeze(1), None, positions, cache).last_hidden_state  # [B, 1, D]
+            tokens = scribe.next(draw(model.lm_head(states[:, -1]), generator))
     return ids.cpu()
 
 
+def minutes_to_write(model: Any, tokenizer: Any, sizes: Sequence[int], length: int) -> float:
+    """How long batches of so many sequences take at least: their first tokens are timed, later ones have more before them."""
+    started = time.perf_counter()
+    write_text(model, tokenizer, sizes[0], TIMED_TOKENS + 1, 0)  # the last is drawn and not read
+    return (time.perf_counter() - started) / TIMED_TOKENS * length * len(sizes) / 60
+
+
 def own_text_fits(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether the whole model fits on a GPU with room to write."""
-    return 1.5 * checkpoint.bytes < torch.cuda.mem_get_info(device)[0]
+    """Whether the whole model fits in what is free on a device, with room to write."""
+    import psutil
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return 1.5 * checkpoint.parameters * compute_dtype(checkpoint, device).itemsize < free
 
 
-def text_names(calibration: str | Sequence[str] | None, checkpoint: Checkpoint, device: torch.device) -> list[str]:
-    """The texts to calibrate on, as given; else the bundled one, and what the source writes where that takes a minute: on a GPU."""
+def text_names(
+    calibration: str | Sequence[str] | None,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    tokens: int,
+    fitted: int,
+    earlier: str | None = None,
+) -> list[str]:
+    """The texts to calibrate on: as given; else the bundled one, and what the source writes where there is memory and time for it.
+
+    Args:
+        calibration: as given.
+        checkpoint: the source.
+        device: where to compute.
+        tokens: of calibration text.
+        fitted: tokens that the steps of a layer go through.
+        earlier: what an earlier call to the same end chose, as its recipe has it: what is free may be another number now.
+
+    Returns:
+        Names, none twice.
+
+    Raises:
+        UserError: none is given, or there is no memory for what is asked for.
+    """
     if calibration is None:
-        return [BUNDLED_NAME, OWN_TEXT] if device.type == "cuda" and own_text_fits(checkpoint, device) else [BUNDLED_NAME]
+        alone, both = [BUNDLED_NAME], [BUNDLED_NAME, OWN_TEXT]
+        if earlier in (" and ".join(alone), " and ".join(both)):
+            return both if OWN_TEXT in earlier.split() else alone
+        in_time = device.type == "cuda" or tokens // 2 <= CPU_SHARE * fitted
+        return both if in_time and own_text_fits(checkpoint, device) else alone
     names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
     if not names:
         raise UserError("--calibration names no text; give a file, a data set or self, or leave it out")
-    if OWN_TEXT in names and device.type == "cuda" and not own_text_fits(checkpoint, device):
+    if OWN_TEXT in names and not own_text_fits(checkpoint, device):
         raise UserError(f"--calibration self needs all of {checkpoint.name} on {device}, and half of that again; give another text")
     return names
+
+
+def own_length(checkpoint: Checkpoint, window: int) -> int:
+    """Tokens of a sequence of own text, for windows of so many."""
+    return min(LENGTH, window, getattr(checkpoint.config, "sliding_window", None) or window)
 
 
 def own_windows(
@@ -211,7 +272,7 @@ def own_windows(
     Returns:
         Token ids [windows, window].
     """
-    length = min(LENGTH, window, getattr(checkpoint.config, "sliding_window", None) or window)
+    length = own_length(checkpoint, window)
     joined = max(1, window // length)
     count = max(4, tokens // (joined * length)) * joined  # sequences
     plan = folder / "own-text.json"
@@ -220,15 +281,30 @@ def own_windows(
         plan.write_text(json.dumps(sequences_at_once(checkpoint.config, length, device, dtype.itemsize)), encoding="utf-8")
     sizes = [len(part) for part in torch.arange(count).split(json.loads(plan.read_text(encoding="utf-8")))]
     files = [folder / f"own-text-{number:04}.safetensors" for number in range(len(sizes))]
-    if not all(file.exists() for file in files):
+    missing = [number for number, file in enumerate(files) if not file.exists()]
+    if missing:
         model = load_model(checkpoint, device, dtype)
-        for number, (size, file) in enumerate(zip(sizes, files, strict=True)):
-            if not file.exists():
-                save_file({"ids": write_text(model, tokenizer, size, length, (seed * len(files) + number) % 2**63)}, file)
+        if device.type == "cpu":
+            logger.warning(
+                "%s writes %s tokens to calibrate on, which takes %.1f minutes or more; another --calibration would take none",
+                checkpoint.name,
+                f"{sum(sizes[number] for number in missing) * length:,}",
+                minutes_to_write(model, tokenizer, [sizes[number] for number in missing], length),
+            )
+        with tqdm(total=len(missing) * length, desc=f"writing {count:,} sequences", unit="step") as bar:
+            for number in missing:
+                ids = write_text(model, tokenizer, sizes[number], length, (seed * len(files) + number) % 2**63, bar.update)
+                save_file({"ids": ids.int()}, files[number])
         del model
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    rows = torch.cat([load_file(file)["ids"] for file in files])
+    rows = torch.cat([load_file(file)["ids"] for file in files]).long()
     # Neighbours in a batch have the same temperature and kind.
     rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     return rows.view(count // joined, joined * length)
+
+
+def write_own_text(tokenizer: Any, windows: Tensor, length: int, file: Path) -> None:
+    """Write own text as a calibration text for other conversions: a line for each sequence, special tokens as they are read."""
+    texts = tokenizer.batch_decode(windows.view(-1, length), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")

@@ -148,9 +148,9 @@ class Job:
 
     def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""
-        count = len(self.surveyed)
-        held = self.surveyed[count - count // 4 :] if count >= 4 else self.surveyed
-        train = self.surveyed[: count - count // 4]
+        surveyed = torch.arange(len(self.surveyed))  # places in what the survey left
+        count = len(surveyed) - len(surveyed) // 4
+        train, held = surveyed[:count], surveyed[count:] if len(surveyed) >= 4 else surveyed
         total = len(self.stream)
         probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
         errors = []
