@@ -171,6 +171,6 @@ def test_whole_conversion(tmp_path, monkeypatch):
     assert [line.startswith(f"{size[0]} + {size[1]} ") for line in lines if line.endswith("chosen")] == [True]
     axes = draw(content["spectra"], content["report"], "name").axes[2]
     predicted, measured, line = axes.lines
-    assert list(predicted.get_ydata()) == [point.predicted_ratio for point in report.frontier]
+    assert list(predicted.get_ydata()) == [point.measured_ratio or point.predicted_ratio for point in report.frontier]
     assert list(measured.get_ydata()) == [point.measured_ratio for point in report.frontier if point.measured_ratio]
     assert list(line.get_xdata()) == [report.kv_ratio] * 2

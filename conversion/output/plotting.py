@@ -122,13 +122,18 @@ def draw_frontier(axes: Any, frontier: list[dict[str, Any]], chosen: float) -> N
         frontier: the sizes, as `ConvertReport.frontier` has them.
         chosen: share of the source's cache that was taken.
     """
-    for key, label, style in (("predicted_ratio", "predicted", "o--"), ("measured_ratio", "measured", "s")):
-        points = [(point["kv_ratio"], point[key]) for point in frontier if point[key] is not None]
-        axes.plot(*zip(*points, strict=True), style, markersize=5, label=label)
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    caches = [point["kv_ratio"] for point in frontier]
+    known = [point["measured_ratio"] or point["predicted_ratio"] for point in frontier]
+    measured = [(point["kv_ratio"], point["measured_ratio"]) for point in frontier if point["measured_ratio"]]
+    axes.plot(caches, known, "o--", markersize=4, label="predicted")
+    axes.plot(*zip(*measured, strict=True), "s", markersize=7, label="measured")
     axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
     axes.set(yscale="log", xlabel="share of the source's cache", ylabel="perplexity ratio", title="What a cache costs")
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:.3g}")
-    axes.yaxis.set_minor_formatter("{x:.3g}")
     axes.legend()
 
 
