@@ -105,6 +105,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("out", metavar="OUT", help="folder to write")
     add_size(convert)
     convert.add_argument(
+        "--max-ratio",
+        type=float,
+        metavar="R",
+        help="or: the smallest cache whose perplexity, measured, is at most R times the source's",
+    )
+    convert.add_argument(
         "--calibration",
         action="append",
         metavar="TEXT",

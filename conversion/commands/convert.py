@@ -2,8 +2,12 @@
 """Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
 
 import logging
+import math
+import shutil
 import time
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +19,8 @@ from ..mathematics.closed_form import mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
-from ..output.progress import earlier_recipe, source_fingerprint, token_fingerprint, versions, work_on
-from ..output.reports import Closeness, ConvertReport, HealReport, PlanReport
+from ..output.progress import earlier_recipe, size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.reports import Candidate, Closeness, ConvertReport, FrontierPoint, HealReport, PlanReport
 from ..output.writing import check_carried, check_repository, upload, write_model, write_record
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import refusal
@@ -39,8 +43,9 @@ from ..stages.end_to_end import (
 from ..stages.end_to_end import (
     disk_estimate as training_disk,
 )
+from ..stages.frontier import search
 from ..stages.layers import Job, repeatable
-from .plan import check_memory, disk_estimate, make_plan, possible_sizes
+from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
 
 
 logger = logging.getLogger(__name__)
@@ -59,6 +64,7 @@ def convert(
     kv_budget: float | None = None,
     kv_lora_rank: int | None = None,
     qk_rope_head_dim: int | None = None,
+    max_ratio: float | None = None,
     qk_norm: str = "exact",
     calibration: str | Sequence[str] | None = None,
     keep_own_text: bool = False,
@@ -83,6 +89,8 @@ def convert(
         kv_budget: share of the original cache to keep, in (0, 1], split by measurement; or give the two sizes.
         kv_lora_rank: width of the latent.
         qk_rope_head_dim: width of the shared rotary key; an even divisor of the head width.
+        max_ratio: or take the smallest cache whose perplexity, measured on held-back calibration text, is at most so many times the
+            source's; several are converted to find it.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
         calibration: a .txt file, a .jsonl file with texts or chats (see `read_text`), either as .xz, a data set of such, or "self"
@@ -117,9 +125,17 @@ def convert(
     reason = refusal(checkpoint.config)
     if reason is not None:
         raise UserError(f"{source}: {reason}")
-    sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    if max_ratio is None:
+        sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    elif (kv_budget, kv_lora_rank, qk_rope_head_dim) != (None, None, None):
+        raise UserError("--max-ratio looks for the size; give it without --kv-budget, --kv-lora-rank and --qk-rope-head-dim")
+    elif not 1 < max_ratio < math.inf:
+        raise UserError(f"--max-ratio is {max_ratio}; allowed: more than 1, the source's own perplexity; 1.05 is usual")
+    else:
+        sizes = size_ladder(checkpoint.config, qk_norm)
     checkpoint = match_model(checkpoint)
-    planned = make_plan(checkpoint, *sizes[0], dtype, qk_norm)
+    plans = [make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes]
+    planned = plans[0]
     assert planned.bytes_written is not None and checkpoint.folder is not None
     run_device = choose_device(device)
     processes = launched_processes(run_device)
@@ -152,6 +168,8 @@ def convert(
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, read if OWN_TEXT in names else 0)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
+    if max_ratio is not None:
+        room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
     if push_to is not None and processes.is_main_process:
         check_repository(push_to)
@@ -197,29 +215,47 @@ def convert(
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
+        recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
-        best = min(candidates, key=lambda candidate: candidate.error)
-        rank, rope_dim = best.kv_lora_rank, best.qk_rope_head_dim
-        config = job.config(rank, rope_dim, stored)
-        job.convert_layers(config, processes)
-        processes.wait_for_everyone()
-        layers, spectra = job.reports()
-        main, output = processes.is_main_process, folder / "output"
-        measured = job.closeness(job.measure(config)) if main else {}
-        if heal_tokens:
-            after_layers = folder / "layers"
-            if main and not after_layers.exists():
-                write_model(folder, after_layers, checkpoint, config, dtype, tokenizer)
+        main = processes.is_main_process
+
+        @cache
+        def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
+            """Leaves the model in `output` of its folder; its configuration, and in the main process what was measured."""
+            config = job.config(rank, rope_dim, stored)
+            place = size_folder(folder, config)
+            job.convert_layers(config, processes)
             processes.wait_for_everyone()
-            stage, comparisons = end_to_end(checkpoint, open_checkpoint(str(after_layers)), job, heal_tokens, seed, processes)
-            measured |= {"end_to_end": stage}
-            if main:
-                alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
-                measured |= {"layers_alone": alone, **job.closeness(comparisons)}
-        elif main:
-            write_model(folder, output, checkpoint, config, dtype, tokenizer)
-        planned = make_plan(checkpoint, rank, rope_dim, dtype, qk_norm)
+            measured = job.closeness(job.measure(config)) if main else {}
+            if heal_tokens:
+                after_layers = place / "layers"
+                if main and not after_layers.exists():
+                    write_model(place, after_layers, checkpoint, config, dtype, tokenizer)
+                processes.wait_for_everyone()
+                model = open_checkpoint(str(after_layers))
+                stage, comparisons = end_to_end(checkpoint, model, job, place, heal_tokens, seed, processes)
+                measured |= {"end_to_end": stage}
+                if main:
+                    alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
+                    measured |= {"layers_alone": alone, **job.closeness(comparisons)}
+            elif main:
+                write_model(place, place / "output", checkpoint, config, dtype, tokenizer)
+            return config, measured
+
+        def measured_ratio(size: Candidate) -> float:
+            return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
+
+        frontier: list[FrontierPoint] = []
+        if max_ratio is None:
+            best = min(candidates, key=lambda candidate: candidate.error)
+        else:
+            kv_ratios = [plan.kv_ratio for plan in plans if plan.kv_ratio is not None]
+            best, frontier = search(folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)
+            candidates = []
+        config, measured = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
+        layers, spectra = job.reports(config)
+        planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
         report = ConvertReport(
             **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
             **measured,
@@ -228,10 +264,14 @@ def convert(
             window=job.windows.shape[1],
             steps=steps,
             candidates=candidates if len(candidates) > 1 else [],
+            frontier=frontier,
             layers=layers,
             output=str(path),
         )
         if main:
+            output = folder / "output"
+            shutil.rmtree(output, ignore_errors=True)
+            (size_folder(folder, best) / "output").rename(output)
             write_record(output, checkpoint, config, report, recipe, spectra)
             if keep_own_text:
                 write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), output / "own_text.jsonl")
@@ -281,14 +321,15 @@ def trainable_tokens(
 
 
 def end_to_end(
-    source: ModelCheckpoint, converted: Checkpoint, job: Job, tokens: int, seed: int, processes: Any
+    source: ModelCheckpoint, converted: Checkpoint, job: Job, folder: Path, tokens: int, seed: int, processes: Any
 ) -> tuple[HealReport, dict[str, Comparison]]:
-    """Train the whole model to predict what its source predicts, and write it to `job.folder`/output.
+    """Train the whole model to predict what its source predicts, and write it to `folder`/output.
 
     Args:
         source: the source.
         converted: what the layers gave.
         job: their work, with the text.
+        folder: where the work is kept.
         tokens: to train on.
         seed: of their order.
         processes: Accelerate's state.
@@ -305,7 +346,7 @@ def end_to_end(
     original = load_model(source, torch.device("cpu"), dtypes[1])
     held = torch.cat([job.windows[places] for places in job.held.values()])
     begun = time.perf_counter()
-    state = distil(converted, original, windows, held, job.folder, training, job.device, processes)
+    state = distil(converted, original, windows, held, folder, training, job.device, processes)
     report = HealReport(
         train=training.what,
         steps=training.steps,
@@ -322,7 +363,7 @@ def end_to_end(
     )
     comparisons: dict[str, Comparison] = {}
     if processes.is_main_process:
-        output = write_trained(converted, job.folder, training)
+        output = write_trained(converted, folder, training)
         trained_model = load_model(open_checkpoint(str(output)), job.device, dtypes[0])
         original = original.to(job.device)
         for name, places in job.held.items():

@@ -2,6 +2,7 @@
 """What a conversion will do, from headers alone: sizes, memory, bytes read and written."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
 from ..errors import UserError
@@ -14,6 +15,7 @@ from ..source.matching import match_model
 
 
 DEFAULT_KV_BUDGET = 0.3125
+LADDER = (1 / 8, 3 / 16, 1 / 4, 5 / 16, 3 / 8, 1 / 2, 5 / 8, 3 / 4)  # of the original cache, for --max-ratio
 LIBRARIES = 500_000_000  # bytes that Python, torch and Transformers take
 
 
@@ -143,6 +145,17 @@ def possible_sizes(
     rule = fitting[-1]
     near = [dim for dim in rope_dims if rule <= 4 * dim <= 16 * rule and 3 * dim <= 2 * floats and dim != rule]
     return [(min(floats - dim, config.hidden_size), dim) for dim in (rule, *near)]
+
+
+def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
+    """Rank and rotary width of caches from large to small: of each, the split by a rule and the next with a wider rotary key."""
+    least = 6 + key_norms(config, qk_norm)
+    source = 2 * config.num_key_value_heads * source_head_dim(config)
+    shares = [share for share in LADDER if math.floor(share * source) >= least]
+    sizes: list[tuple[int, int]] = []
+    for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in reversed(shares)):
+        sizes += [rule, *sorted((size for size in near if size[1] > rule[1]), key=itemgetter(1))[:1]]
+    return list(dict.fromkeys(sizes))
 
 
 def computed_width(checkpoint: Checkpoint, device: str) -> int:

@@ -68,7 +68,7 @@ def plot_conversion(record: Path, name: str, plot: str) -> None:
 
 
 def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
-    """The figure: spectra on the left, errors on the right.
+    """The figure: spectra on the left, errors beside them, and where a size was looked for, what each costs.
 
     Args:
         spectra: of each layer, the share of energy in each direction, descending.
@@ -84,8 +84,9 @@ def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    frontier = report.get("frontier", [])
+    figure = Figure(figsize=(16.5 if frontier else 11, 4.2), dpi=150, layout="constrained")
+    left, right, *more = figure.subplots(1, 3 if frontier else 2)
     figure.suptitle(name, parse_math=False)
 
     last, colours = max(1, len(spectra) - 1), colormaps["viridis"]
@@ -108,7 +109,32 @@ def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
     right.set(xlabel="layer", ylabel="relative squared error", title="Error of the attention output, on held-back text")
     right.set_ylim(bottom=0)
     right.legend()
+    for axes in more:
+        draw_frontier(axes, frontier, report["kv_ratio"])
     return figure
+
+
+def draw_frontier(axes: Any, frontier: list[dict[str, Any]], chosen: float) -> None:
+    """What each size of a search costs in perplexity, against its cache.
+
+    Args:
+        axes: where to draw.
+        frontier: the sizes, as `ConvertReport.frontier` has them.
+        chosen: share of the source's cache that was taken.
+    """
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    caches = [point["kv_ratio"] for point in frontier]
+    known = [point["measured_ratio"] or point["predicted_ratio"] for point in frontier]
+    measured = [(point["kv_ratio"], point["measured_ratio"]) for point in frontier if point["measured_ratio"]]
+    axes.plot(caches, known, "o--", markersize=4, label="predicted")
+    axes.plot(*zip(*measured, strict=True), "s", markersize=7, label="measured")
+    axes.axvline(chosen, color="black", linestyle="--", linewidth=1)
+    axes.set(yscale="log", xlabel="share of the source's cache", ylabel="perplexity ratio", title="What a cache costs")
+    axes.yaxis.set_major_locator(MaxNLocator(8))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:.3g}")
+    axes.legend()
 
 
 def draw_bench(report: Any) -> Any:

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def size_folder(folder: Path, size: Any) -> Path:
+    """Where a conversion to some size keeps its results; `size` is anything that has the two widths."""
+    return folder / f"{size.kv_lora_rank}+{size.qk_rope_head_dim}"
+
+
 def layer_file(folder: Path, layer: int) -> Path:
     """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
     return folder / f"layer-{layer:04}.safetensors"

@@ -73,6 +73,17 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class FrontierPoint(Candidate):
+    """A size that `max_ratio` looked at: its cache, and what that costs in perplexity."""
+
+    kv_ratio: float
+    predicted_ratio: float
+    """Of perplexities, from the error; of a size that was converted, what was predicted before."""
+    measured_ratio: float | None = None
+    """On held-back calibration text; None of a size that was not converted."""
+
+
+@dataclass(frozen=True)
 class Closeness:
     """How close the models are on some text."""
 
@@ -106,6 +117,8 @@ class ConvertReport(PlanReport):
     steps: int = 0
     candidates: list[Candidate] = field(default_factory=list)
     """What a budget was tried with; empty where the sizes were given."""
+    frontier: list[FrontierPoint] = field(default_factory=list)
+    """What `max_ratio` was looked for in, the smallest cache first; empty where the size was given otherwise."""
     layers: list[LayerReport] = field(default_factory=list)
     held_back_tokens: int = 0
     """Calibration text that nothing was fitted to; what follows is measured on it."""

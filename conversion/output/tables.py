@@ -67,7 +67,24 @@ def convert_table(result: Any) -> str:
     }
     if len(result.texts) < 2:
         del summary["on each text"]
-    return plan_table(result) + "\n" + rows(summary)
+    tables = [plan_table(result) + "\n" + rows(summary)]
+    if result.frontier:
+        tables.append(frontier_table(result))
+    return "\n\n".join(tables)
+
+
+def frontier_table(result: Any) -> str:
+    """The sizes that were looked at for people: cache, and what it costs in perplexity."""
+    lines = [f"{'cache':<12}{'share':>8}{'error':>9}{'predicted':>12}{'measured':>12}"]
+    for point in result.frontier:
+        chosen = (point.kv_lora_rank, point.qk_rope_head_dim) == (result.kv_lora_rank, result.qk_rope_head_dim)
+        measured = "" if point.measured_ratio is None else f"x {point.measured_ratio:.4f}"
+        cache = f"{point.kv_lora_rank} + {point.qk_rope_head_dim}"
+        predicted = f"x {point.predicted_ratio:.4f}"
+        lines.append(
+            f"{cache:<12}{point.kv_ratio:>8.2%}{point.error:>9.4f}{predicted:>12}{measured:>12}{'  chosen' * chosen}".rstrip()
+        )
+    return "\n".join(lines)
 
 
 def verify_table(result: Any) -> str:

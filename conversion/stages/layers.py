@@ -31,7 +31,7 @@ from ..mathematics.moments import LayerMoments, second_moment
 from ..mathematics.reconstruct import NORM_EPS, LayerTask, interleaved, mixed, reconstruct
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
-from ..output.progress import layer_file, write_json
+from ..output.progress import layer_file, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
 from ..source.checkpoint import Checkpoint, load_file, save_file
 from ..source.loading import compute_dtype
@@ -170,9 +170,10 @@ class Job:
 
     def convert_layers(self, config: Any, processes: Any) -> None:
         """Convert this process's share of the layers that are not done yet."""
-        done = [layer_file(self.folder, index).exists() for index in range(len(self.stream))]
+        done = [layer_file(size_folder(self.folder, config), index).exists() for index in range(len(self.stream))]
         if all(done):
             return
+        size_folder(self.folder, config).mkdir(exist_ok=True)
         states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
         self.stream.embed(self.windows, states)
         stored = stored_type(config)
@@ -189,7 +190,7 @@ class Job:
                         # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
                         wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-                    save_file(weights, layer_file(self.folder, index), metadata)
+                    save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
 
     def convert_layer(
@@ -252,13 +253,13 @@ class Job:
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
-    def reports(self) -> tuple[list[LayerReport], list[list[float]]]:
-        """The reports and spectra of all layers, as they were kept."""
+    def reports(self, config: Any) -> tuple[list[LayerReport], list[list[float]]]:
+        """The reports and spectra of all layers of a converted model, as they were kept."""
         from safetensors import safe_open
 
         reports, spectra = [], []
         for index in range(len(self.stream)):
-            with safe_open(layer_file(self.folder, index), framework="pt") as file:
+            with safe_open(layer_file(size_folder(self.folder, config), index), framework="pt") as file:
                 metadata = file.metadata()
             reports.append(LayerReport(**json.loads(metadata["report"])))
             spectra.append(json.loads(metadata["spectrum"]))
@@ -276,7 +277,7 @@ class Job:
             call = self.stream.calls[index]
             embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
             mla = MLAAttention(config, index)
-            mla.load_state_dict(load_file(layer_file(self.folder, index)))
+            mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
                 original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
