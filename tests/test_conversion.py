@@ -181,7 +181,9 @@ def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
 
 
 def test_layers_are_taken_one_at_a_time(tmp_path):
-    job = Job(open_checkpoint(MODEL), tmp_path, {"": torch.zeros(8, 64, dtype=torch.long)}, 512, torch.device("cpu"), 0, 0, "exact")
+    job = Job(
+        open_checkpoint(MODEL), tmp_path, {"": torch.zeros(8, 64, dtype=torch.long)}, 512, torch.device("cpu"), 0, 0, "exact", False
+    )
     with job.stream.layer(2):
         there = {name for name, parameter in job.stream.model.named_parameters() if not parameter.is_meta}
     assert there

@@ -108,6 +108,19 @@ def test_nothing_worse_is_written(tmp_path, source, monkeypatch):
     assert min(perplexities) == pytest.approx(ruined.perplexity.converted, rel=1e-4) and max(perplexities) > 2 * min(perplexities)
 
 
+def test_layers_that_training_made_worse_are_written_as_they_were(tmp_path, caplog):
+    """One step leaves most layers in closed form; the norms that training needs make these worse than a few steps mend."""
+    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "window": 128, "steps": 1, "device": "cpu"}
+    layers = convert(MODEL, str(tmp_path / "layers"), **options)
+    assert sum(not layer.steps_kept for layer in layers.layers) > 3
+    with caplog.at_level(logging.WARNING):
+        report = convert(MODEL, str(tmp_path / "out"), heal_tokens=1024, **options)
+    assert "gained nothing" in caplog.text and report.end_to_end is None and report.layers_alone is None
+    assert report.kl == pytest.approx(layers.kl, rel=0.1)  # fits that are a little worse are kept
+    assert (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.glob(".out*"))
+    assert verify(str(tmp_path / "out"), against=MODEL, text=VALIDATION, tokens=2048, device="cpu").perplexity_ratio < 2
+
+
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):
     monkeypatch.setattr(converter_module, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match=r"takes about .* GB on cpu, 0.0 GB are free; give --heal-tokens 0"):

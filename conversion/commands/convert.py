@@ -216,7 +216,7 @@ def convert(
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
-        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, heal_tokens > 0)
         candidates = job.prepare(sizes, processes)
         main = processes.is_main_process
 
@@ -235,10 +235,14 @@ def convert(
                 processes.wait_for_everyone()
                 model = open_checkpoint(str(after_layers))
                 stage, comparisons = end_to_end(checkpoint, model, job, place, heal_tokens, seed, processes)
-                measured |= {"end_to_end": stage}
-                if main:
+                trained = job.closeness(comparisons) if main else {}
+                if main and trained["kl"] > measured["kl"]:
+                    logger.warning("training the whole model gained nothing: what the layers gave is written")
+                    shutil.rmtree(place / "output")
+                    shutil.copytree(after_layers, place / "output")
+                elif main:
                     alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
-                    measured |= {"layers_alone": alone, **job.closeness(comparisons)}
+                    measured |= {"end_to_end": stage, "layers_alone": alone, **trained}
             elif main:
                 write_model(place, place / "output", checkpoint, config, dtype, tokenizer)
             return config, measured
