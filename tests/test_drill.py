@@ -288,7 +288,7 @@ def test_a_source_that_changes_is_noticed(tmp_path, capsys, monkeypatch, source,
         "cut": lambda weights: weights.write_bytes(whole[:-100]),
         "gone": lambda weights: weights.unlink(),
     }
-    for stage, (kind, change) in itertools.product(("convert_attention", "write_checkpoint"), changes.items()):
+    for stage, (kind, change) in itertools.product(("convert_attention", "write_model"), changes.items()):
         with monkeypatch.context() as patch:
             original = getattr(converter, stage)
 

@@ -69,9 +69,9 @@ def test_killed_again_and_again(tmp_path, source, whole):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("stage", ["survey", "convert_attention", "write_checkpoint"])
+@pytest.mark.parametrize("stage", ["survey", "convert_attention", "write_model"])
 def test_interrupted_in_any_stage(tmp_path, monkeypatch, source, whole, stage):
-    module = converter_module if stage == "write_checkpoint" else layers_module
+    module = converter_module if stage == "write_model" else layers_module
     original, calls = getattr(module, stage), []
 
     def stop(*arguments, **options):
@@ -90,7 +90,7 @@ def test_interrupted_in_any_stage(tmp_path, monkeypatch, source, whole, stage):
         layers_module, "convert_attention", lambda *a, f=layers_module.convert_attention: converted.append(1) or f(*a)
     )
     convert(source, str(tmp_path / "out"), **OPTIONS)
-    assert len(converted) == {"survey": 6, "convert_attention": 4, "write_checkpoint": 0}[stage]  # of six layers
+    assert len(converted) == {"survey": 6, "convert_attention": 4, "write_model": 0}[stage]  # of six layers
     assert fingerprint(tmp_path / "out") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -140,7 +140,7 @@ def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch, source, whole):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(converter_module, "write_checkpoint", full)
+        patch.setattr(converter_module, "write_model", full)
         with pytest.raises(UserError, match="No space left on device; what is done so far is kept in"):
             convert(source, str(tmp_path / "out"), **OPTIONS)
     assert not (tmp_path / "out").exists()
