@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_mla_conversion.commands.verify import compare_at
 from hf_mla_conversion.source.checkpoint import open_checkpoint
@@ -64,26 +64,33 @@ def questions(folder: Path, task: str, limit: int | None) -> tuple[str, list[lis
 
 
 @torch.inference_mode()
-def likelihoods(model: Any, tokenizer: Any, requests: list[dict], batch: int = 32) -> list[float]:
-    """Log-likelihood of each request's continuation after its context."""
+def likelihoods(model: Any, tokenizer: Any, requests: list[dict], tokens: int = 1 << 15) -> list[float]:
+    """Log-likelihood of each request's continuation after its context, in batches of so many tokens."""
     items = []
     for place, request in enumerate(requests):
         context, continuation = request["request"]["context"], request["request"]["continuation"]
-        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"][-2047:]
-        scored = len(tokenizer(context + continuation, add_special_tokens=False)["input_ids"])
-        scored -= len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
+        ids = tokenizer(context + continuation, add_special_tokens=False)["input_ids"]
+        scored = len(ids) - len(tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"])
+        ids = ids[-2047:]
         items.append((len(ids), place, ids, min(max(scored, 1), len(ids) - 1)))
-    items.sort()
+    items.sort(key=lambda item: item[0], reverse=True)
     result = [0.0] * len(items)
-    for start in range(0, len(items), batch):
-        part = items[start : start + batch]
-        ids = torch.zeros(len(part), part[-1][0], dtype=torch.long)
-        for row, (length, _, tokens, _) in enumerate(part):
-            ids[row, :length] = torch.tensor(tokens)  # what follows is not seen from before
-        logits = model(ids.to(model.device), use_cache=False).logits[:, :-1].float()
-        found = logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(model.device))[..., 0].cpu()
-        for row, (length, place, _, scored) in enumerate(part):
-            result[place] = found[row, length - 1 - scored : length - 1].sum().item()
+    while items:
+        part, items = items[: max(1, tokens // items[0][0])], items[max(1, tokens // items[0][0]) :]
+        ids = torch.zeros(len(part), part[0][0], dtype=torch.long)
+        wanted = torch.zeros(ids.shape, dtype=torch.bool)  # the positions that predict what is scored
+        for row, (length, _, given, scored) in enumerate(part):
+            ids[row, :length] = torch.tensor(given)  # what follows is not seen from before
+            wanted[row, length - 1 - scored : length - 1] = True
+        states = model.model(ids.to(model.device), use_cache=False).last_hidden_state[wanted.to(model.device)]  # [scored, D]
+        targets = ids.roll(-1, 1)[wanted].to(model.device)
+        losses = [
+            nn.functional.cross_entropy(model.lm_head(few).float(), right, reduction="none")
+            for few, right in zip(states.split(1024), targets.split(1024), strict=True)
+        ]
+        found = torch.cat(losses).neg().split([scored for *_, scored in part])
+        for (_, place, _, _), values in zip(part, found, strict=True):
+            result[place] = values.sum().item()
     return result
 
 

@@ -27,6 +27,7 @@ from hf_mla_conversion.output.folder import clear, entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.own_text import BUNDLED_NAME
+from hf_mla_conversion.stages import layers
 
 
 TAKES_ROOM = {"open", "os.mkdir"}
@@ -289,14 +290,15 @@ def test_a_source_that_changes_is_noticed(tmp_path, capsys, monkeypatch, source,
         "gone": lambda weights: weights.unlink(),
     }
     for stage, (kind, change) in itertools.product(("convert_attention", "write_model"), changes.items()):
+        module = layers if stage == "convert_attention" else converter
         with monkeypatch.context() as patch:
-            original = getattr(converter, stage)
+            original = getattr(module, stage)
 
             def changed(*arguments, change=change, original=original):
                 change(copy / "model.safetensors")
                 return original(*arguments)
 
-            patch.setattr(converter, stage, changed)
+            patch.setattr(module, stage, changed)
             command = ["convert", str(copy), str(tmp_path / f"{stage} {kind}"), *SIZES]
             assert main(command) == 2
         said = line(capsys)

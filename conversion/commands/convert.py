@@ -53,7 +53,9 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
 HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
-TIMES_READ = 4  # the end-to-end stage reads each token so many times, if the texts are long enough
+TIMES_READ = (
+    2  # the end-to-end stage reads each token so often, if the texts are long enough; what is read more often is learnt by heart
+)
 TRAINED = "all"  # by the end-to-end stage
 
 

@@ -299,7 +299,7 @@ def own_windows(
         if device.type == "cuda":
             torch.cuda.empty_cache()
     rows = torch.cat([load_file(file)["ids"] for file in files]).long()
-    # Neighbours in a batch have the same temperature and kind.
+    # In a batch, free text and chats take turns.
     rows = rows[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
     return rows.view(count // joined, joined * length)
 
