@@ -17,11 +17,12 @@ from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
 from hf_mla_conversion.mathematics.survey import gradient_moments, layer_inputs, survey, trained_context
+from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages import layers as layers_module
-from hf_mla_conversion.stages.layers import Job
+from hf_mla_conversion.stages.layers import Job, best_split
 
 
 FAMILIES = {
@@ -142,6 +143,12 @@ def test_every_family(tmp_path, family, changes, steps):
     assert measured.absorbed_vs_expanded_max_error < 1e-3
     assert measured.kv_bytes_per_token.converted == report.kv_floats_per_token_per_layer.converted * 2 * 4
     assert math.isfinite(report.perplexity_ratio)
+
+
+def test_of_splits_as_good_the_wider_rotary_key_is_taken():
+    splits = [Candidate(88, 32, 0.157), Candidate(112, 8, 0.32), Candidate(104, 16, 0.156), Candidate(56, 64, 0.198)]
+    assert best_split(splits) == splits[0]
+    assert best_split([*splits, Candidate(96, 24, 0.15)]) == Candidate(96, 24, 0.15)
 
 
 def test_folded_norms_are_plain_deepseek(tmp_path):

@@ -44,7 +44,7 @@ from ..stages.end_to_end import (
     disk_estimate as training_disk,
 )
 from ..stages.frontier import search
-from ..stages.layers import Job, repeatable
+from ..stages.layers import Job, best_split, repeatable
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
 
 
@@ -254,7 +254,7 @@ def convert(
 
         frontier: list[FrontierPoint] = []
         if max_ratio is None:
-            best = min(candidates, key=lambda candidate: candidate.error)
+            best = best_split(candidates)
         else:
             kv_ratios = [plan.kv_ratio for plan in plans if plan.kv_ratio is not None]
             best, frontier = search(folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)

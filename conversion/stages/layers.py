@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
+TIE = 0.03  # of the error that a split is tried with: another text changes as much
 REAL_NORM = 1.1  # times the error of the closed form: what a norm that can be trained on is worth, if training follows
 
 
@@ -308,6 +309,12 @@ class Job:
             held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
             texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
         return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
+
+
+def best_split(candidates: list[Candidate]) -> Candidate:
+    """The split of a budget with the least error, or one as good with a wider rotary key: longer training gains more there."""
+    least = min(candidate.error for candidate in candidates)
+    return max((c for c in candidates if c.error <= least * (1 + TIE)), key=lambda candidate: candidate.qk_rope_head_dim)
 
 
 def stored_type(config: Any) -> torch.dtype:
