@@ -47,7 +47,7 @@ def convert_table(result: Any) -> str:
     if result.candidates:
         tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
         summary["sizes tried"] = (
-            f"{tried} (error of the attention output on held-back text; chosen: the widest rotary key within 3 % of the least)"
+            f"{tried} (held-back error of the attention output; the widest rotary key within 3 % of the least)"
         )
     summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
     if result.steps:
