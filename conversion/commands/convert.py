@@ -29,20 +29,8 @@ from ..source.matching import ModelCheckpoint, match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
-from ..stages.end_to_end import (
-    EVALUATIONS,
-    RATES,
-    STEP_TOKENS,
-    Training,
-    batches,
-    distil,
-    history,
-    memory,
-    write_trained,
-)
-from ..stages.end_to_end import (
-    disk_estimate as training_disk,
-)
+from ..stages.end_to_end import EVALUATIONS, RATES, STEP_TOKENS, Training, batches, distil, history, memory, write_trained
+from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
 from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
@@ -53,9 +41,7 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
 HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
-TIMES_READ = (
-    2  # the end-to-end stage reads each token so often, if the texts are long enough; what is read more often is learnt by heart
-)
+TIMES_READ = 2  # by the end-to-end stage, of each token, if the texts are long enough; read four times it is learnt by heart
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -151,12 +137,12 @@ def convert(
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
     numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
-    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)
+    # Each process has its own idea of the memory that is free.
+    heal_tokens = broadcast_object_list([trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)])[0]
     if steps is None:
         steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
     earlier = None if restart else earlier_recipe(out).get("calibration")
     fitted = steps * max(SCALES[run_device.type].step, window)
-    # Each process has its own idea of the memory that is free.
     names = broadcast_object_list([text_names(calibration, checkpoint, run_device, tokens, fitted, earlier)])[0]
     if keep_own_text and OWN_TEXT not in names:
         raise UserError(
