@@ -185,7 +185,7 @@ def memory(
 
 
 def disk_estimate(model: int, trained: int) -> int:
-    """Bytes on disk of the best weights and of three checkpoints: the oldest goes when the newest is written.
+    """Bytes on disk of the best weights and of three checkpoints with theirs: the oldest goes when the newest is written.
 
     Args:
         model: numbers that a checkpoint has, in float32: of adapters, or of the whole model.
@@ -194,7 +194,7 @@ def disk_estimate(model: int, trained: int) -> int:
     Returns:
         Bytes.
     """
-    return 4 * trained + 3 * (4 * model + 8 * trained)
+    return 4 * trained + 3 * (4 * model + 12 * trained)
 
 
 def prepare(student: Any, training: Training) -> Any:
