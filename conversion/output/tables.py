@@ -46,9 +46,7 @@ def convert_table(result: Any) -> str:
     summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
     if result.candidates:
         tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
-        summary["sizes tried"] = (
-            f"{tried} (held-back error of the attention output; the widest rotary key within 3 % of the least)"
-        )
+        summary["sizes tried"] = f"{tried} (held-back error of the attention output; the widest rotary key within 3 % of the least)"
     summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
     if result.steps:
         summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
@@ -59,6 +57,7 @@ def convert_table(result: Any) -> str:
     if stage:
         speeds = [entry["tokens_per_second"] for entry in stage.history if "tokens_per_second" in entry]
         trained = f"{stage.steps_taken * stage.tokens_per_step:,} tokens, {max(speeds, default=0):,.0f} a second"
+        trained += f", about {size(stage.memory_bytes['total'])} of memory"
         summary["end to end"] = f"{trained}; perplexity x {result.layers_alone.perplexity_ratio:.4f} before"
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "
