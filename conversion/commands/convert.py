@@ -53,9 +53,7 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
 HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
-TIMES_READ = (
-    2  # the end-to-end stage reads each token so often, if the texts are long enough; what is read more often is learnt by heart
-)
+TIMES_READ = 2  # by the end-to-end stage, if the texts are long enough; what is read more often is learnt by heart
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -151,12 +149,12 @@ def convert(
     stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
     config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
     numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
-    heal_tokens = trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)
+    # Each process has its own idea of the memory that is free.
+    heal_tokens = broadcast_object_list([trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)])[0]
     if steps is None:
         steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
     earlier = None if restart else earlier_recipe(out).get("calibration")
     fitted = steps * max(SCALES[run_device.type].step, window)
-    # Each process has its own idea of the memory that is free.
     names = broadcast_object_list([text_names(calibration, checkpoint, run_device, tokens, fitted, earlier)])[0]
     if keep_own_text and OWN_TEXT not in names:
         raise UserError(
@@ -344,6 +342,13 @@ def end_to_end(
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
     windows, window = torch.cat([job.windows[torch.cat(job.train)], job.more]), job.windows.shape[1]
+    if processes.is_main_process and (times := round(tokens / windows.numel())) > TIMES_READ:
+        logger.warning(
+            "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
+            "more text or fewer --heal-tokens may give more",
+            f"{windows.numel():,}",
+            f"{times:,}",
+        )
     step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
     micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
     step_tokens = micro * accumulated * processes.num_processes * window
