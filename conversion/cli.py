@@ -10,9 +10,12 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("hf-mla: the current folder is no more; change to one that is there", file=sys.stderr)
         return 2
     try:
-        return run(options, as_json)
+        with interruptions():
+            return run(options, as_json)
     except KeyboardInterrupt:
         what = "go on" if command in ("convert", "heal") else "start again"
         words = [word for word in arguments if word != "--restart"]
@@ -64,6 +68,31 @@ def main(arguments: list[str] | None = None) -> int:
         at_fault = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         print(f"hf-mla: {at_fault}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def interruptions() -> Iterator[None]:
+    """Have Ctrl-C end in a KeyboardInterrupt: compiled code that it comes upon may make another error of it."""
+    asked = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.default_int_handler(number, frame)
+
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere no handler can be set
+    ours = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except Exception as error:
+        if asked:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,7 +149,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--keep-own-text", action="store_true", default=None, help="leave what the source wrote in own_text.jsonl")
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
     convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
-    convert.add_argument("--steps", type=int, metavar="N", help="reconstruction steps a layer; 0: closed form alone (400)")
+    convert.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="reconstruction steps a layer; 0: closed form alone (400, or 200 before the whole model is trained)",
+    )
     convert.add_argument(
         "--heal-tokens",
         type=int,

@@ -1,9 +1,11 @@
 """The command line: its contract, and one clear line for whatever is wrong."""
 
+import contextlib
 import json
 import lzma
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +228,18 @@ def test_interrupted(capsys, monkeypatch, command, what):
     assert run(capsys, *words) == (130, "", [f"hf-mla: interrupted; to {what}: hf-mla {' '.join(words)}"])
 
 
+def test_an_interruption_that_compiled_code_made_another_error_of(capsys, monkeypatch):
+    def interrupt(*_arguments):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("hf_mla_conversion.cli.run_info", interrupt)
+    assert run(capsys, "info", MODEL) == (130, "", [f"hf-mla: interrupted; to start again: hf-mla info {MODEL}"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("words", [[], ["-v"], ["transmute"], ["plan"], ["plan", MODEL, "--kv-bugdet", "0.5"], ["-x", "env"]])
 def test_wrong_words_are_one_line(capsys, words):
     assert "--help" in refuses(capsys, *words)
@@ -234,10 +248,11 @@ def test_wrong_words_are_one_line(capsys, words):
 def test_options_from_a_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "options.yaml").write_text("kv-budget: 0.5\ncalibration_tokens: 1024\ndevice: cpu\n")
     monkeypatch.chdir(tmp_path)
-    words = ["-v", "convert", make_llama(tmp_path / "source"), "convert", "--steps", 0, "--config", tmp_path / "options.yaml"]
+    words = ["-v", "convert", make_llama("source"), "convert", "--steps", 0, "--config", tmp_path / "options.yaml"]
     code, out, _ = run(capsys, *words, "--calibration-tokens", 2048, "--json")
     assert code == 0
     assert (json.loads(out)["kv_ratio"], json.loads(out)["calibration_tokens"]) == (0.5, 2048)
+    assert "base_model" not in (tmp_path / "convert" / "README.md").read_text()  # a path is no name on the Hub
     (tmp_path / "options.yaml").write_text("kv_bugdet: 0.5\n")
     assert "unrecognized arguments: --kv-bugdet=0.5" in refuses(capsys, *words)
     assert "cannot be read" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--config", tmp_path / "none.yaml")

@@ -12,6 +12,7 @@ from conftest import MODEL, VALIDATION, make_source
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.source.text import read_text
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
@@ -40,7 +41,7 @@ def contents(folder):
     return found | {"record": record}
 
 
-def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch):
+def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(converter_module.STEP_TOKENS, "cpu", 2048)
     monkeypatch.setitem(converter_module.RATES, "all", 2e-4)  # for so few steps
     options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 32768, "steps": 0, "device": "cpu"}
@@ -57,7 +58,8 @@ def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch):
     assert trained < layers  # on text that neither has seen
     card = (tmp_path / "out" / "README.md").read_text()
     assert "all weights were trained to predict what the source predicts" in card and "20,480 tokens of the same text" in card
-    assert f"(x {report.perplexity_ratio:.4f})" in card
+    assert f"(x {report.perplexity_ratio:.4f})" in card and "by layer, before all weights were trained |" in card
+    assert "reads its text" not in caplog.text
     names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("out", "layers")]
     assert names[0] == names[1]
 
@@ -89,6 +91,8 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
         done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
         assert not (tmp_path / "killed").exists()
+    (best,) = tmp_path.glob(".killed*/*/best.safetensors")
+    best.unlink()  # then the training is taken up after its last step, as if it had been killed before this was written
     convert(source, str(tmp_path / "killed"), heal_tokens=512 * 24, **OPTIONS)
     first, second = (contents(tmp_path / name) for name in ("whole", "killed"))
     second["README.md"] = second["README.md"].replace(b"killed", b"whole")
@@ -97,11 +101,15 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
-def test_nothing_worse_is_written(tmp_path, source, monkeypatch):
+def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
     """At a ruinous rate the model that went in is the best, and comes out."""
     monkeypatch.setitem(converter_module.RATES, "all", 10.0)
-    ruined = convert(source, str(tmp_path / "ruined"), heal_tokens=2048, **OPTIONS)
-    layers = convert(source, str(tmp_path / "layers"), **OPTIONS)
+    (tmp_path / "short.txt").write_text(read_text(VALIDATION, 64))
+    options = OPTIONS | {"calibration": str(tmp_path / "short.txt")}
+    with caplog.at_level(logging.WARNING):
+        ruined = convert(source, str(tmp_path / "ruined"), heal_tokens=2048, **options)
+    assert "the end-to-end stage reads its text" in caplog.text
+    layers = convert(source, str(tmp_path / "layers"), **options)
     assert layers.end_to_end is None and layers.layers_alone is None
     assert ruined.perplexity_ratio <= layers.perplexity_ratio * (1 + 1e-4)
     perplexities = [entry["perplexity"] for entry in ruined.end_to_end.history if "perplexity" in entry]

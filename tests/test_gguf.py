@@ -243,12 +243,12 @@ def test_interrupted_work_goes_on_with_the_same_file_alone(tmp_path, monkeypatch
     with pytest.raises(UserError, match="unfinished work with other it.gguf of source_sha256"):
         convert(str(file), out, **OPTIONS)
     shutil.copy(llama[1], file)
-    layers = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").glob("*/layer-*")}
+    layers = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").rglob("layer-*")}
     with monkeypatch.context() as patch:
         patch.setattr(progress, "put_in_place", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(str(file), out, **OPTIONS)
-    assert layers == {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").glob("*/layer-*")} != {}
+    assert layers == {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").rglob("layer-*")} != {}
 
 
 def test_nothing_is_left_behind(tmp_path, monkeypatch, llama):

@@ -1,6 +1,7 @@
 """Text that the source writes itself, several calibration texts, and what is kept of a fit."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,16 @@ def test_several_texts_are_mixed_and_measured_each(source, tmp_path):
         convert(source, str(tmp_path / "other"), calibration=[], **SIZES)
     with pytest.raises(UserError, match=f"--keep-own-text keeps what the source writes, the text here is {VALIDATION}; add"):
         convert(source, str(tmp_path / "other"), calibration=VALIDATION, keep_own_text=True, **SIZES)
+
+
+def test_a_short_text_leaves_the_others_whole(source, tmp_path, caplog):
+    (tmp_path / "short.txt").write_text("The captain looked at the sea and saw a ship.")
+    texts = [str(tmp_path / "short.txt"), VALIDATION]
+    with caplog.at_level(logging.WARNING):
+        report = convert(source, str(tmp_path / "out"), calibration=texts, calibration_tokens=1024, steps=0, **SIZES)
+    short, whole = report.texts
+    assert report.window == short.tokens // 2 < 16 and 512 - 2 * report.window < whole.tokens <= 512
+    assert f"short.txt is too short for a window: all text is read in sequences of {report.window} tokens" in caplog.text
 
 
 def test_windows_of_all_texts_come_evenly():

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
 HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
-TIMES_READ = 2  # by the end-to-end stage, of each token, if the texts are long enough; read four times it is learnt by heart
+TIMES_READ = 2  # by the end-to-end stage, if the texts are long enough; what is read more often is learnt by heart
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -330,6 +330,13 @@ def end_to_end(
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
     windows, window = torch.cat([job.windows[torch.cat(job.train)], job.more]), job.windows.shape[1]
+    if processes.is_main_process and (times := round(tokens / windows.numel())) > TIMES_READ:
+        logger.warning(
+            "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
+            "more text or fewer --heal-tokens may give more",
+            f"{windows.numel():,}",
+            f"{times:,}",
+        )
     step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
     micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
     step_tokens = micro * accumulated * processes.num_processes * window

@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 from ..errors import UserError
-from ..source.checkpoint import Checkpoint
+from ..source.checkpoint import Checkpoint, user_path
+from ..source.own_text import OWN_TEXT
 from ..source.tokenizer import custom_code
 from .reports import HEALING_RATIO, ConvertReport, HealReport
 
@@ -42,7 +43,7 @@ On {held:,} tokens of that text which nothing was fitted to:
 | perplexity | {before:.3f} | {after:.3f} (x {ratio:.4f}) |
 | same likeliest token | | {agreement:.1%} |
 | KL divergence, nats per token | | {kl:.4f} |
-| relative squared error of the attention output, by layer | | {least:.4f} to {most:.4f} |
+| relative squared error of the attention output, by layer{alone} | | {least:.4f} to {most:.4f} |
 | KV cache, bytes per token | {source_bytes:,} | {converted_bytes:,} |
 
 ## Limits
@@ -64,7 +65,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
     """Compose the card of a converted checkpoint; the licence is carried over from the source's card."""
     assert source.folder is not None and report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mla, hf_mla]"]
-    if not source.name.startswith((".", "/", "~")):
+    if not user_path(source.name).exists():  # else it is a path, which the Hub would not take
         metadata.append(f"base_model: {source.name}")
     metadata += licence(source)
     errors = [layer.error for layer in report.layers]
@@ -90,7 +91,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         but=" for the model; the tokenizer comes with code of its own" if custom_code(source.folder, source.name) else "",
         load=report.output.rstrip("/").rsplit("/", 1)[-1],
         tokens=report.calibration_tokens,
-        calibration=recipe["calibration"],
+        calibration=" and ".join("what the source writes itself" if text.name == OWN_TEXT else text.name for text in report.texts),
         method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing fitted") + whole,
         copied="Nothing but the tokenizer" if stage and stage.train == "all" else "Everything but the attention",
         held=report.held_back_tokens,
@@ -104,6 +105,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
         healing=", and fine-tune it before relying on it" if report.perplexity_ratio > HEALING_RATIO else "",
         window=report.window,
         seed=recipe["seed"],
+        alone=", before all weights were trained" if stage else "",
         least=min(errors),
         most=max(errors),
     )

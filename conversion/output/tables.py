@@ -57,6 +57,7 @@ def convert_table(result: Any) -> str:
     if stage:
         speeds = [entry["tokens_per_second"] for entry in stage.history if "tokens_per_second" in entry]
         trained = f"{stage.steps_taken * stage.tokens_per_step:,} tokens, {max(speeds, default=0):,.0f} a second"
+        trained += f", about {size(stage.memory_bytes['total'])} of memory"
         summary["end to end"] = f"{trained}; perplexity x {result.layers_alone.perplexity_ratio:.4f} before"
     summary |= {
         "perplexity": f"{result.perplexity.source:.3f} -> {result.perplexity.converted:.3f} (x {result.perplexity_ratio:.4f}) "

@@ -208,5 +208,6 @@ def calibration_windows(
         if windows.shape[1] < 4:
             raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")
         windows = windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1)
+        logger.warning("%s is too short for a window: all text is read in sequences of %s tokens", calibration, windows.shape[1])
     check_vocabulary(windows, checkpoint)
     return windows

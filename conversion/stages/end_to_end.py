@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import brief
 from ..mathematics.closed_form import make_trainable
@@ -106,7 +107,7 @@ def distil(
     trained, resumed = folder / "trained.json", None
     if processes.is_main_process:
         resumed = last_checkpoint(folder)
-    resumed, done = broadcast_object_list([resumed, trained.exists()])
+    resumed, done = broadcast_object_list([resumed, trained.exists() and (folder / BEST).exists()])
     if not done:
         lora = training.what == "lora"
         student = load_model(
@@ -133,7 +134,10 @@ def distil(
         for shown in (PrinterCallback, ProgressCallback):  # on stdout, where results go and nothing else
             trainer.remove_callback(shown)
         try:
-            trainer.train(resume_from_checkpoint=resumed)
+            if resumed is not None:
+                trainer.state = TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
+            if trainer.state.global_step < training.steps:  # else it would take a step more
+                trainer.train(resume_from_checkpoint=resumed)
             trainer.write_best(folder)
         except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):

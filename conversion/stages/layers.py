@@ -92,10 +92,11 @@ class Job:
         self.steps, self.seed, self.qk_norm, self.trained = steps, seed, qk_norm, trained
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
-        window = min(windows.shape[1] for windows in texts.values())
+        window = min(windows.shape[1] for windows in texts.values())  # a text that is shorter than a window has shorter ones
         count = max(2, tokens // window)
-        self.texts = {name: windows[:count, :window] for name, windows in texts.items()}
-        self.more = torch.cat([windows[count:, :window] for windows in texts.values()])
+        cut = {name: windows[:, : windows.shape[1] // window * window].reshape(-1, window) for name, windows in texts.items()}
+        self.texts = {name: windows[:count] for name, windows in cut.items()}
+        self.more = torch.cat([windows[count:] for windows in cut.values()])
         self.split(window)
 
     def split(self, window: int) -> None:
