@@ -18,6 +18,7 @@ This file travels with every checkpoint: it imports only torch, transformers and
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -336,6 +337,37 @@ def use_latent_layers(
     if quantization is not None:
         settings = (config.kv_lora_rank, QUANTIZATIONS[quantization])
         cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) for x in cache.layers]
+
+
+def prepare_latent_cache(
+    prepare: Callable[..., Any],
+    config: PreTrainedConfig,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Make a cache for `generate` as the library does, but of latent layers; one that the user passes is left alone.
+
+    Args:
+        prepare: the library's method for it.
+        config: the configuration of the model.
+        generation_config: as for the method.
+        model_kwargs: likewise; the cache is put in.
+        generation_mode: likewise.
+        batch_size: likewise.
+        max_cache_length: likewise.
+    """
+    given, quantization = model_kwargs.get(CACHE_NAME), None
+    if given is None and generation_config.cache_implementation == "quantized":
+        quantization = quantization_of(generation_config.cache_config)
+        generation_config = copy.copy(generation_config)
+        generation_config.cache_implementation = None  # a growing cache, whose layers are replaced below
+    prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = model_kwargs.get(CACHE_NAME)
+    if given is None and cache is not None:
+        use_latent_layers(cache, config, max_cache_length, quantization)
 
 
 def cache_of(outputs: Any) -> Any:

@@ -15,7 +15,7 @@ from conftest import MODEL, make_mla
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import hf_mla
-from hf_mla import cache_of, layer_mla
+from hf_mla import attention_mla, cache_of
 from hf_mla.configuration_mla import release
 
 
@@ -25,7 +25,7 @@ IDS = torch.randint(1, 96, (2, 72), generator=torch.Generator().manual_seed(0))
 
 def counted_absorption():
     """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention)
+    return mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention)
 
 
 @torch.no_grad()
