@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import hf_mla
-from hf_mla import attention_mla, cache_of
+from hf_mla import MLACache, attention_mla, cache_of
 from hf_mla.attention_mla import absorbed_attention
 from hf_mla.cache_mla import CACHE_NAME
 from hf_mla.configuration_mla import release
@@ -51,7 +51,7 @@ TYPES = {
     "glm5_next": SPARSE
     | LINEAR
     | {"qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 2}
-    | {"layer_types": ["linear_attention", "indexed_attention", "indexed_attention"]},
+    | {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
     "glm_moe_dsa": SPARSE | SHARED,
     "hy_v4": SPARSE | SHARED | {"head_dim": 20, "learnable_sink_init": 0.7},
     "kimi_linear": LOCAL
@@ -165,6 +165,11 @@ def ways(model):
     }
 
 
+@pytest.mark.mode(
+    'The library\'s own MLA models, `attn_implementation="hf_mla"`',
+    since="5.15",
+    costs="as for ours: keys and values are formed in prefill alone; sparse attention since 5.17",
+)
 @pytest.mark.parametrize("name", TYPES)
 def test_equals_the_librarys_own(name):
     expected = ways(native(name))
@@ -319,3 +324,124 @@ def test_training_takes_the_base():
             model(IDS, labels=IDS).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+MODES = {
+    "beams": {"num_beams": 3},
+    "beams, static": {"num_beams": 3, "cache_implementation": "static"},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {"assistant_model": "minicpm3"},
+}
+
+
+@pytest.mark.mode("The library's own MLA models, every way to generate", since="5.15", costs="as for ours")
+@pytest.mark.parametrize("name", ["deepseek_v2", "kimi_linear", "deepseek_v32"])
+@pytest.mark.parametrize("kind", MODES)
+def test_ways_to_generate(kind, name):
+    if name in REFUSED or (name == "kimi_linear" and kind in ("prompt lookup", "assisted")):
+        pytest.skip("not in Transformers, or not right there")
+    before, model = native(name), absorbing(name)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | MODES[kind]
+    ids = IDS
+    if kind in ("prompt lookup", "assisted"):
+        ids = IDS[:1]
+    if kind == "assisted":
+        settings["assistant_model"] = absorbing(settings["assistant_model"])
+    results = []
+    for each in before, model:
+        torch.manual_seed(0)
+        results.append(each.generate(ids, attention_mask=torch.ones_like(ids), **settings).tolist())
+    assert results[0] == results[1]
+
+
+@torch.no_grad()
+def test_appends_in_place():
+    """A growing cache is written where it lies, of sparse models too; it is what `MLACache` makes, and `generate` by itself."""
+    for name in ["deepseek_v3", "deepseek_v32"]:
+        if name in REFUSED:
+            continue
+        model = absorbing(name)
+        cache = MLACache(model.config)
+        read(model, [PROMPT, 1], cache)
+        assert cache.layers[0].buffers[0].tensor.shape[2] > PROMPT + 1
+        places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        model(IDS[:, :1], **{CACHE_NAME: cache})
+        assert places == [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        assert [type(layer) for layer in greedy(model)[1].layers] == [type(layer) for layer in cache.layers]
+
+
+@pytest.mark.mode("The library's own MLA models, quantized latents", since="5.15", costs="as for ours; not with sparse attention")
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@torch.no_grad()
+def test_quantized_latents(quantization, static, monkeypatch):
+    model, sizes = absorbing("deepseek_v3"), [PROMPT, 1, 3, 1]
+    exact = read(model, sizes, DynamicCache(config=model.config))
+    absorbed = read(model, sizes, MLACache(model.config, 40 if static else None, quantization=quantization))
+    monkeypatch.setattr(attention_mla, "should_absorb", lambda *_: False)
+    expanded = read(model, sizes, MLACache(model.config, 40 if static else None, quantization=quantization))
+    assert (absorbed - expanded).abs().max() < 1e-10
+    assert 0 < (absorbed - exact).norm() / exact.norm() < 0.05
+
+
+@torch.no_grad()
+def test_quantized_by_generate():
+    model = absorbing("kimi_linear")  # the states of its linear attention stay as they are
+    settings = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+    held = [layer for layer in greedy(model, **settings)[1].layers if hasattr(layer, "code_dtype")]
+    assert len(held) == 2 and held[0].keys.shape == (2, 1, PROMPT + 7, 24)
+    if "deepseek_v32" not in REFUSED:
+        with pytest.raises(ValueError, match="it must be None for a model whose cache has a LatentDynamicIndexedLayer"):
+            greedy(absorbing("deepseek_v32"), **settings)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_adapters_on_kv_b_proj(dora):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["kv_b_proj", "o_proj"], init_lora_weights=False, use_dora=dora)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(copy.deepcopy(native("deepseek_v3")), config).double().eval()
+    expected = ways(model)
+    hf_mla.absorb(model)
+    with mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention) as absorbed:
+        got = ways(model)
+    assert absorbed.call_count > 0
+    plain = ways(native("deepseek_v3"))
+    for kind, logits in expected.items():
+        assert (got[kind] - logits).abs().max() < 1e-10 < (plain[kind] - logits).abs().max(), kind
+
+
+@torch.no_grad()
+def test_one_graph():
+    """A decode step over a static cache is one graph, and says what it says uncompiled."""
+    model = absorbing("minicpm3")
+    expected = read(model, [PROMPT, 1, 1, 1], StaticCache(model.config, max_cache_len=40))
+    cache = StaticCache(model.config, max_cache_len=40)
+    read(model, [PROMPT], cache)
+    graphs = []
+    step = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    positions = torch.arange(PROMPT, PROMPT + 3)
+    parts = [step(IDS[:, p : p + 1], position_ids=p.view(1, 1), **{CACHE_NAME: cache}).logits for p in positions]
+    assert (torch.cat(parts, 1) - expected[:, PROMPT:]).abs().max() < 1e-10
+    assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
+@torch.no_grad()
+def test_the_kernel_reads_the_cache_as_it_is(monkeypatch):
+    """As it would run on a GPU, through Triton's interpreter: over latents and rotary keys where they lie."""
+    decode_triton = pytest.importorskip("hf_mla.decode_triton")
+    if not decode_triton.triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter")
+    before, model = (copy.deepcopy(each).float() for each in (native("deepseek_v3"), absorbing("deepseek_v3")))
+    kernel = mock.Mock(wraps=decode_triton.latent_decode)
+    monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
+    caches = [StaticCache(model.config, max_cache_len=40) for _ in range(2)]
+    expected, got = (read(each, [PROMPT, 3, 1], cache, PADDED) for each, cache in zip((before, model), caches, strict=True))
+    assert (expected - got).abs().max() < 5e-5
+    for call, layer in zip(kernel.call_args_list, caches[1].layers * 3, strict=True):
+        for tensor, held in zip(call.args[1:3], (layer.keys, layer.values), strict=True):
+            assert (tensor.data_ptr(), tensor.stride()) == (held.data_ptr(), held[:, 0].stride())
