@@ -155,7 +155,7 @@ def absorb_if_cheaper(
     scaling: float,
     num_key_norms: int = 0,
     packed: bool = False,
-    attended_ranges: dict[int | None, torch.Tensor] | None = None,
+    attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`absorbed_attention` of a module, in a kernel where there is one, if that is possible and the cheaper way.
@@ -170,7 +170,7 @@ def absorb_if_cheaper(
         scaling: as for `absorbed_attention`.
         num_key_norms: likewise.
         packed: likewise.
-        attended_ranges: for layers to share: by window, what part of the tokens their masks let the kernel read.
+        attended_ranges: for the layers of one forward pass to share: what part of the tokens each mask lets the kernel read.
         sinks: as for `absorbed_attention`.
 
     Returns:
@@ -185,13 +185,14 @@ def absorb_if_cheaper(
     )
     if not should_absorb(attention, batch, tokens, latent.shape[2], attention_mask, in_kernel):
         return None
+    given: Any = attention_mask  # one object for all layers alike, and alive as long as it is a key
     if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
         attention_mask = attention_mask[:, None, None, :].bool()
     attended = None
     if in_kernel and attended_ranges is not None and attention_mask is not None and not packed:
-        if attention.sliding_window not in attended_ranges:
-            attended_ranges[attention.sliding_window] = attended_range(attention_mask)
-        attended = attended_ranges[attention.sliding_window]
+        if given not in attended_ranges:
+            attended_ranges[given] = attended_range(attention_mask)
+        attended = attended_ranges[given]
     weight = effective_weight(attention.kv_b_proj, attention.kv_lora_rank, like=query_nope)
     return absorbed_attention(
         *(query_nope, query_rope, latent, weight, attention_mask, scaling),

@@ -349,7 +349,7 @@ def use_latent_layers(
                 raise ValueError(
                     f"quantization is {quantization!r}; it must be None for a model whose cache has a {type(layer).__name__}."
                 )
-        settings = (config.kv_lora_rank, QUANTIZATIONS[quantization])
+        settings = (config.get_text_config(decoder=True).kv_lora_rank, QUANTIZATIONS[quantization])
         layers = zip(cache.layers, latents, strict=True)
         cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) if quantized else x for x, quantized in layers]
 

@@ -150,7 +150,7 @@ class MLAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
-        attended_ranges: dict[int | None, torch.Tensor] | None = None,
+        attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from the T new tokens to all S.
@@ -161,7 +161,7 @@ class MLAAttention(nn.Module):
             attention_mask: as the configured attention implementation wants it.
             cache: to which the packed latents of the new tokens are appended, or the pages of continuous batching.
             past_key_values: the name of `cache` before Transformers 5.24.
-            attended_ranges: for the layers to share: by window, what part of the tokens their masks let the kernel read.
+            attended_ranges: for the layers to share: what part of the tokens each mask lets the kernel read.
             **kwargs: passed on to the attention function.
 
         Returns:

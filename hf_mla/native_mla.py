@@ -104,10 +104,13 @@ def prepare(model: PreTrainedModel) -> None:
         )
     for attention in classes:
         defer(attention)
+    for part in parts:
+        if part.config is text and share_ranges not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(share_ranges, with_kwargs=True)
     for key in model.config.sub_configs:  # vision and sound, which are built after this, have the library's choice
-        part = getattr(model.config, key, None)
-        if part is not None and part is not text and base_of(part._attn_implementation) is not None:
-            part._attn_implementation = None
+        config: Any = getattr(model.config, key, None)
+        if config is not None and config is not text and base_of(config._attn_implementation) is not None:
+            config._attn_implementation = None
 
 
 def defer(attention: Any) -> None:
@@ -121,6 +124,13 @@ def defer(attention: Any) -> None:
         return (kv_nope, k_rot) if base_of(self.config._attn_implementation) is not None else expand(self, kv_nope, k_rot)
 
     attention.expand_kv = expand_kv
+
+
+def share_ranges(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Before a forward pass: something for its attention layers to share, which the library hands through to `attend`."""
+    if base_of(module.config._attn_implementation) is None:
+        return None
+    return args, {"attended_ranges": {}} | kwargs
 
 
 class Changed:
@@ -142,6 +152,7 @@ def attend(
     scaling: float | None = None,
     indices: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
+    attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function.
@@ -155,6 +166,7 @@ def attend(
         scaling: factor on the scores.
         indices: [B, T, K], the tokens that the indexer of a sparse model has picked for each new one; no others are attended to.
         s_aux: [H], sinks: see `absorbed_attention`.
+        attended_ranges: see `absorb_if_cheaper`.
         **kwargs: passed on to the base.
 
     Returns:
@@ -168,7 +180,9 @@ def attend(
             latent, rest, attention_mask = pick(latent, rest, attention_mask, indices, gather=base != "eager")
         q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
         assert scaling is not None
-        absorbed = absorb_if_cheaper(module, q_nope, q_rope, latent, rest, attention_mask, scaling, sinks=s_aux)
+        absorbed = absorb_if_cheaper(
+            *(module, q_nope, q_rope, latent, rest, attention_mask, scaling), attended_ranges=attended_ranges, sinks=s_aux
+        )
         if absorbed is not None:
             return absorbed
         if is_quantized(latent):

@@ -5,6 +5,7 @@ import functools
 import importlib.util
 from unittest import mock
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -12,7 +13,7 @@ from conftest import make_mla
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import flash_attention_mask, sdpa_mask
 
 import hf_mla
 from hf_mla import MLACache, attention_mla, cache_of
@@ -141,7 +142,7 @@ def absorbing(name, implementation=None):
 
 
 @torch.no_grad()
-def read(model, sizes, cache, mask=None):
+def read(model, sizes, cache, mask=None, ids=IDS):
     """The logits of tokens that are read in steps of these sizes; those of padding left out."""
     parts, seen = [], 0
     for size in sizes:
@@ -150,7 +151,7 @@ def read(model, sizes, cache, mask=None):
         if mask is not None:
             extra["attention_mask"] = mask[:, : seen + size]
             extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, step]
-        parts.append(model(IDS[:, step], use_cache=True, **{CACHE_NAME: cache}, **extra).logits)
+        parts.append(model(ids[:, step], use_cache=True, **{CACHE_NAME: cache}, **extra).logits)
         seen += size
     logits = torch.cat(parts, dim=1)
     return logits if mask is None else logits[mask[:, :seen].bool()]
@@ -208,8 +209,6 @@ def test_generates_the_same(name):
     """With the caches that `generate` makes; and all is as before once another implementation is set."""
     before, model = native(name), absorbing(name)
     for settings in {}, {"cache_implementation": "static"}:
-        if name == "mistral_large4" and settings:
-            continue  # ties among its indexer's scores, of tokens and of empty places
         assert greedy(model, **settings)[0] == greedy(before, **settings)[0]
     layers = greedy(model)[1].layers
     assert all(type(layer) is not DynamicLayer for layer in layers)
@@ -246,6 +245,40 @@ def test_the_base_can_be_named(base, monkeypatch):
     assert calls == ([("mine", True, layer) for layer in range(3)] * 2 if base == "mine" else [])
     hf_mla.absorb(before)
     assert before.config._attn_implementation == model.config._attn_implementation
+
+
+@torch.no_grad()
+def test_masks_of_flash(monkeypatch):
+    """FlashAttention's masks are [B, S] or none at all: a single token reads them absorbed, several take the base."""
+    seen = []
+
+    def flash(module, query, key, value, attention_mask, **kwargs):
+        tokens, length = query.shape[2], key.shape[2]
+        seen.append((tokens, None if attention_mask is None else attention_mask.ndim))
+        mask = torch.ones(tokens, length, dtype=torch.bool).tril(length - tokens)
+        if attention_mask is not None:  # padding attends to itself, or it would be no numbers
+            mask = mask & attention_mask[:, None, None].bool() | mask.triu(length - tokens)
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", AttentionInterface._global_mapping | {"mine": flash})
+    masks = AttentionMaskInterface._global_mapping | {"mine": flash_attention_mask}
+    monkeypatch.setattr(AttentionMaskInterface, "_global_mapping", masks)
+    model, before = absorbing("deepseek_v3", "hf_mla|mine"), native("deepseek_v3")
+    for mask in None, PADDED:
+        logits, expected = (read(each, [PROMPT, 1, 3, 1], DynamicCache(config=model.config), mask) for each in (model, before))
+        assert (logits - expected).abs().max() < 1e-10
+    assert seen == [(PROMPT, None)] * 3 + [(3, None)] * 3 + [(PROMPT, 2)] * 3 + [(3, 2)] * 3
+
+
+@torch.no_grad()
+def test_may_change_at_any_token():
+    """What is cached is the same either way."""
+    model, expected = absorbing("glm4_moe_lite"), read(native("glm4_moe_lite"), [PROMPT, 1, 1, 1], DynamicCache())
+    cache, parts = DynamicCache(config=model.config), []
+    for name, ids in zip(["hf_mla", "sdpa", "hf_mla", "sdpa"], IDS[:, : PROMPT + 3].split([PROMPT, 1, 1, 1], dim=1), strict=True):
+        model.set_attn_implementation(name)
+        parts.append(model(ids, **{CACHE_NAME: cache}).logits)
+    assert (torch.cat(parts, 1) - expected).abs().max() < 1e-10
 
 
 def test_weights_are_needed_by_the_eager_base():
@@ -315,11 +348,15 @@ def test_vision_stays_as_it_is():
     assert torch.equal(vision(pixels[0], image_sizes=torch.tensor(pixels[1])).last_hidden_state, expected)
 
 
-def test_training_takes_the_base():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_takes_the_base(checkpointing):
     """Gradients are those of the library's model; nothing is absorbed."""
     gradients = []
     for model in native("deepseek_v3"), absorbing("deepseek_v3"):
         model = copy.deepcopy(model).train()
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # before 5.23
+            enable()
         with mock.patch.object(attention_mla, "absorbed_attention", side_effect=AssertionError):
             model(IDS, labels=IDS).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
@@ -413,6 +450,25 @@ def test_adapters_on_kv_b_proj(dora):
         assert (got[kind] - logits).abs().max() < 1e-10 < (plain[kind] - logits).abs().max(), kind
 
 
+@pytest.mark.parametrize("where", ["torchao int8", "offloaded"])
+@torch.no_grad()
+def test_weights_that_are_not_plain(where):
+    """`kv_b_proj` is quantized, or not in memory between calls: what it multiplies by is asked of itself."""
+    results = []
+    for model in native("deepseek_v3"), absorbing("deepseek_v3"):
+        model = copy.deepcopy(model).float()
+        if where == "offloaded":
+            model = accelerate.cpu_offload(model, torch.device("cpu"))
+            assert model.model.layers[0].self_attn.kv_b_proj.weight.is_meta
+        else:
+            torchao = pytest.importorskip("torchao.quantization")
+            torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+        with mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention) as absorbed:
+            results.append(read(model, [40, *[1] * 4], DynamicCache(config=model.config), ids=torch.cat([IDS, IDS], 1)))
+    assert absorbed.call_count == 3 * 4
+    assert (results[0] - results[1]).abs().max() < 5e-5
+
+
 @torch.no_grad()
 def test_one_graph():
     """A decode step over a static cache is one graph, and says what it says uncompiled."""
@@ -426,6 +482,28 @@ def test_one_graph():
     parts = [step(IDS[:, p : p + 1], position_ids=p.view(1, 1), **{CACHE_NAME: cache}).logits for p in positions]
     assert (torch.cat(parts, 1) - expected[:, PROMPT:]).abs().max() < 1e-10
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name not in REFUSED])
+@torch.no_grad()
+def test_layers_share_the_range_of_a_mask(name, monkeypatch):
+    """Once a step for all layers that have the same mask; those of sparse attention have masks of their own."""
+
+    def zeros(query, latent, *_):
+        return query.new_zeros(query.shape[1], 2, 1, latent.shape[-1])
+
+    model = absorbing(name)
+    cache = StaticCache(model.config, max_cache_len=40)
+    read(model, [PROMPT], cache)
+    ranges, kernel = mock.Mock(), mock.Mock(side_effect=zeros)
+    monkeypatch.setattr(attention_mla, "attended_range", ranges)
+    monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
+    model(IDS[:, PROMPT : PROMPT + 1], **{CACHE_NAME: cache})
+    if "index_topk" not in TYPES[name]:
+        assert kernel.call_count >= 1 == ranges.call_count
+    assert ranges.call_count == len({id(call.args[5]) for call in kernel.call_args_list})
+    assert all(call.args[6] is ranges.return_value for call in kernel.call_args_list)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
