@@ -2,7 +2,8 @@
 """Multi-head Latent Attention for Transformers.
 
 Importing this package registers the model types, so that `AutoModelForCausalLM.from_pretrained` loads a converted
-checkpoint without `trust_remote_code`. Models saved after that carry their code with them.
+checkpoint without `trust_remote_code`. Models saved after that carry their code with them. It registers the attention
+implementation "hf_mla" too, with which the library's own MLA models decode over the latent.
 """
 
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import transformers
 from transformers.models.auto import modeling_auto
 
-from . import modeling_mla
+from . import modeling_mla, native_mla
 from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes, cache_of
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
 from .layer_mla import MLAAttention
@@ -40,6 +41,7 @@ from .modeling_mla import (
     Qwen3MLAModel,
     Qwen3MLAPreTrainedModel,
 )
+from .native_mla import absorb
 from .peft_mla import register_target_modules
 
 
@@ -76,6 +78,7 @@ __all__ = [
     "Qwen3MLAModel",
     "Qwen3MLAPreTrainedModel",
     "__version__",
+    "absorb",
     "cache_bytes",
     "cache_of",
 ]
@@ -100,4 +103,5 @@ for _config in _CONFIGS:
             getattr(transformers, _auto_class).register(_config, _class, exist_ok=True)
             _NAMES[_auto_class][_config.model_type] = _class.__name__
 
+native_mla.register()
 register_target_modules([_config.model_type for _config in _CONFIGS])

@@ -18,6 +18,7 @@ This file travels with every checkpoint: it imports only torch, transformers and
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import DynamicCache, PreTrainedConfig, StaticCache
 from transformers import __version__ as transformers_version
 from transformers.cache_utils import (
     Cache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -161,6 +163,12 @@ class LatentDynamicLayer(DynamicLayer):
         super().offload()
 
 
+class LatentDynamicIndexedLayer(LatentDynamicLayer, DynamicIndexedLayer):
+    """`LatentDynamicLayer` for sparse attention: beside the latents it holds the keys of an indexer, as the library's own does."""
+
+
+LATENT_LAYERS: dict[Any, Any] = {DynamicLayer: LatentDynamicLayer, DynamicIndexedLayer: LatentDynamicIndexedLayer}
+
 QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LARGEST_CODE = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -226,18 +234,19 @@ class QuantizedLayerMixin:
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize and append packed latents.
+        """Quantize and append latents.
 
         Args:
-            key_states: [B, 1, T, R + P + g].
-            value_states: [B, 1, T, 0].
+            key_states: [B, 1, T, R + P + g], packed; or [B, 1, T, R].
+            value_states: [B, 1, T, 0], or what is beside the latents, [B, 1, T, P].
             *args: passed on.
             **kwargs: passed on.
 
         Returns:
             The codes [B, 1, S, R] of all tokens and the rest [B, 1, S, P + g + 1], as `dequantize` wants them.
         """
-        codes, rest = quantize(key_states, self.rank, self.code_dtype)
+        rank = key_states.shape[-1] if value_states.shape[-1] else self.rank
+        codes, rest = quantize(torch.cat([key_states, value_states], dim=-1), rank, self.code_dtype)
         codes, rest = super().update(codes.view(torch.int8), rest, *args, **kwargs)  # type: ignore[misc]
         return codes.view(self.code_dtype), rest
 
@@ -327,15 +336,53 @@ def use_latent_layers(
         quantization: as for `MLACache`.
 
     Raises:
-        ValueError: no such quantization.
+        ValueError: no such quantization, or none for such layers.
     """
     if quantization not in (None, *QUANTIZATIONS):
         raise ValueError(f"quantization is {quantization!r}; it must be None or one of {', '.join(map(repr, QUANTIZATIONS))}.")
     if cache.layer_class_to_replicate is None:
-        cache.layers = [LatentDynamicLayer(max_length) if type(x) is DynamicLayer else x for x in cache.layers]
+        cache.layers = [LATENT_LAYERS[type(x)](max_length) if type(x) in LATENT_LAYERS else x for x in cache.layers]
     if quantization is not None:
-        settings = (config.kv_lora_rank, QUANTIZATIONS[quantization])
-        cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) for x in cache.layers]
+        latents = [isinstance(x, DynamicLayer | StaticLayer) for x in cache.layers]  # not the states of linear attention
+        for layer, quantized in zip(cache.layers, latents, strict=True):
+            if quantized and type(layer) not in QUANTIZED_LAYERS:
+                raise ValueError(
+                    f"quantization is {quantization!r}; it must be None for a model whose cache has a {type(layer).__name__}."
+                )
+        settings = (config.get_text_config(decoder=True).kv_lora_rank, QUANTIZATIONS[quantization])
+        layers = zip(cache.layers, latents, strict=True)
+        cache.layers = [QUANTIZED_LAYERS[type(x)](x, *settings) if quantized else x for x, quantized in layers]
+
+
+def prepare_latent_cache(
+    prepare: Callable[..., Any],
+    config: PreTrainedConfig,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Make a cache for `generate` as the library does, but of latent layers; one that the user passes is left alone.
+
+    Args:
+        prepare: the library's method for it.
+        config: the configuration of the model.
+        generation_config: as for the method.
+        model_kwargs: likewise; the cache is put in.
+        generation_mode: likewise.
+        batch_size: likewise.
+        max_cache_length: likewise.
+    """
+    given, quantization = model_kwargs.get(CACHE_NAME), None
+    if given is None and generation_config.cache_implementation == "quantized":
+        quantization = quantization_of(generation_config.cache_config)
+        generation_config = copy.copy(generation_config)
+        generation_config.cache_implementation = None  # a growing cache, whose layers are replaced below
+    prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
+    cache = model_kwargs.get(CACHE_NAME)
+    if given is None and cache is not None:
+        use_latent_layers(cache, config, max_cache_length, quantization)
 
 
 def cache_of(outputs: Any) -> Any:

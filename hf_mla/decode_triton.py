@@ -154,7 +154,7 @@ def can_decode(device: int, rank: int, rope_dim: int) -> bool:
     """Whether there is a kernel for a CUDA device, by its number, and for dimensions R and P."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
-    return rank <= 512 and rope_dim <= 128  # what shared memory and registers hold
+    return rank <= 512 and 0 < rope_dim <= 128  # what shared memory and registers hold; no descriptor has a width of 0
 
 
 @functools.cache

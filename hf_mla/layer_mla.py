@@ -21,15 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_mla import (
-    absorbed_attention,
-    absorbing_is_cheaper,
-    attended_range,
-    effective_weight,
-    is_one_matrix,
-    is_plain_linear,
-    runs_in_kernel,
-)
+from .attention_mla import absorb_if_cheaper
 from .cache_mla import dequantize
 
 
@@ -151,28 +143,6 @@ class MLAAttention(nn.Module):
         equal = equal or torch.are_deterministic_algorithms_enabled()
         return max(0, self.qk_head_dim - self.v_head_dim) if equal else 0
 
-    def should_absorb(self, batch: int, new_tokens: int, all_tokens: int, attention_mask: Any, in_kernel: bool = False) -> bool:
-        """Whether this call takes the absorbed path: only python numbers and types decide, never data."""
-        if torch.is_grad_enabled() or (self.training and self.attention_dropout):
-            return False
-        if self.kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
-            return False
-        plain = is_plain_linear(self.kv_b_proj)
-        if self.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
-            return False
-        if not plain and not is_one_matrix(self.kv_b_proj):
-            return False
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
-            readable = True
-        else:  # no mask, or FlashAttention's [B, S]: it is the kernel that keeps to the causal order and the window
-            readable = attention_mask is None or isinstance(attention_mask, torch.Tensor)
-            readable = readable and new_tokens == 1 and all_tokens <= (self.sliding_window or all_tokens)
-        if torch.compiler.is_exporting() and isinstance(all_tokens, torch.SymInt):
-            return readable and new_tokens == 1  # comparing lengths would bind the program to some of them
-        pushed = 0 if plain else self.kv_lora_rank**2 * (self.qk_nope_head_dim + self.v_head_dim) // batch
-        dims = (self.kv_lora_rank, self.qk_rope_head_dim, self.qk_nope_head_dim, self.v_head_dim)
-        return readable and absorbing_is_cheaper(new_tokens, all_tokens, *dims, weight_cost=pushed, in_kernel=in_kernel)
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -180,7 +150,7 @@ class MLAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
-        attended_ranges: dict[int | None, torch.Tensor] | None = None,
+        attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend from the T new tokens to all S.
@@ -191,7 +161,7 @@ class MLAAttention(nn.Module):
             attention_mask: as the configured attention implementation wants it.
             cache: to which the packed latents of the new tokens are appended, or the pages of continuous batching.
             past_key_values: the name of `cache` before Transformers 5.24.
-            attended_ranges: for the layers to share: by window, what part of the tokens their masks let the kernel read.
+            attended_ranges: for the layers to share: what part of the tokens each mask lets the kernel read.
             **kwargs: passed on to the attention function.
 
         Returns:
@@ -225,27 +195,14 @@ class MLAAttention(nn.Module):
 
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.
         if latent is not None and (not paged or attention_mask is not None):
-            # The eager attention is asked for where weights are wanted, which a kernel does not have.
-            in_kernel = not self.config._attn_implementation.endswith("eager") and runs_in_kernel(
-                query, latent, attention_mask, self.kv_lora_rank, self.qk_rope_head_dim, paged
+            absorbed = absorb_if_cheaper(
+                *(self, q_nope, q_rot, latent, rest, attention_mask, self.scaling),
+                num_key_norms=self.num_key_norms,
+                packed=paged,
+                attended_ranges=attended_ranges,
             )
-            if self.should_absorb(batch, tokens, latent.shape[2], attention_mask, in_kernel):
-                if attention_mask is not None and attention_mask.ndim == 2:  # flash: [B, S], one new token
-                    attention_mask = attention_mask[:, None, None, :].bool()
-                attended = None
-                if in_kernel and attended_ranges is not None and attention_mask is not None and not paged:
-                    if self.sliding_window not in attended_ranges:
-                        attended_ranges[self.sliding_window] = attended_range(attention_mask)
-                    attended = attended_ranges[self.sliding_window]
-                weight = effective_weight(self.kv_b_proj, self.kv_lora_rank, like=hidden_states)
-                output, weights = absorbed_attention(
-                    *(q_nope, q_rot, latent, weight, attention_mask, self.scaling),
-                    num_key_norms=self.num_key_norms,
-                    rest=rest,
-                    in_kernel=in_kernel,
-                    packed=paged,
-                    attended=attended,
-                )
+            if absorbed is not None:
+                output, weights = absorbed
                 return self.o_proj(output.reshape(batch, tokens, -1)), weights
         if latent is not None:
             latent = latent if rest is None else dequantize(latent, rest)

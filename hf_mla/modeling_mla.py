@@ -8,7 +8,6 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
-import copy
 import math
 from typing import Any
 
@@ -37,7 +36,7 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from .cache_mla import CACHE_NAME, quantization_of, use_latent_layers
+from .cache_mla import CACHE_NAME, prepare_latent_cache
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
 from .layer_mla import MLAAttention
 
@@ -48,17 +47,8 @@ class LatentCacheGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self: Any, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> Any:
-        given, quantization = model_kwargs.get(CACHE_NAME), None
-        if given is None and generation_config.cache_implementation == "quantized":
-            quantization = quantization_of(generation_config.cache_config)
-            generation_config = copy.copy(generation_config)
-            generation_config.cache_implementation = None  # a growing cache, whose layers are replaced below
-        super()._prepare_cache_for_generation(  # type: ignore[misc]
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get(CACHE_NAME)
-        if given is None and cache is not None:
-            use_latent_layers(cache, self.config, max_cache_length, quantization)
+        prepare = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare_latent_cache(prepare, self.config, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the pages hold `kv_floats_per_token_per_layer` numbers a token (rounded up to an even one)."""

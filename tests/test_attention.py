@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from hf_mla import MLACache, cache_bytes
+from hf_mla import MLACache, attention_mla, cache_bytes
 from hf_mla.attention_mla import absorbed_attention, absorbing_is_cheaper
 
 
@@ -51,8 +51,8 @@ def test_absorbed_equals_expanded(kind, padding, sizes, implementation, monkeypa
     assert expected.std() > 0.3
 
     taken = []
-    decide = type(model.model.layers[0].self_attn).should_absorb
-    monkeypatch.setattr(type(model.model.layers[0].self_attn), "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
+    decide = attention_mla.should_absorb
+    monkeypatch.setattr(attention_mla, "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
     cache = caches(model.config, 40)[kind]
     parts, seen = [], 0
     for size in sizes:
@@ -64,6 +64,24 @@ def test_absorbed_equals_expanded(kind, padding, sizes, implementation, monkeypa
     real = mask.bool()
     error = (torch.cat(parts, 1) - expected)[real].abs().max().item()
     assert error < 1e-5, error
+
+
+def test_latents_apart_and_sinks():
+    """Rotary keys in a tensor of their own change nothing; a sink is one more token, of a given score and with zero as value."""
+    shapes = (2, 4, 3, 12), (2, 4, 3, 8), (2, 1, 20, 24 + 8), (4 * 22, 24), (2, 1, 3, 20), (4,)
+    q_nope, q_rope, latent, weight, mask, sinks = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    apart = latent.split([24, 8], dim=-1)
+    expected, weights = absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.3)
+    output, _ = absorbed_attention(q_nope, q_rope, apart[0], weight, mask, 0.3, rest=apart[1])
+    assert (output - expected).abs().max() < 1e-13
+
+    raw = torch.einsum("bhtn,hnr,bsr->bhts", q_nope, weight.view(4, 22, 24)[:, :12], latent[:, 0, :, :24])
+    raw = (raw + torch.einsum("bhtp,bsp->bhts", q_rope, latent[:, 0, :, 24:])) * 0.3 + mask
+    assert (weights - raw.softmax(-1)).abs().max() < 1e-12
+    share = raw.logsumexp(-1).sub(sinks.view(4, 1)).sigmoid()  # what the sink leaves to the tokens
+    output, sunk = absorbed_attention(q_nope, q_rope, latent, weight, mask, 0.3, sinks=sinks)
+    assert (output - expected * share.transpose(1, 2).unsqueeze(-1)).abs().max() < 1e-12
+    assert (sunk - weights * share.unsqueeze(-1)).abs().max() < 1e-12
 
 
 @torch.no_grad()
@@ -129,7 +147,7 @@ def test_decoding_never_forms_keys_or_values(monkeypatch):
     # The largest is the cache itself, when its buffer grows: R + P numbers a token, with a quarter to spare.
     assert absorbed.elements <= 1.3 * cached * (config.kv_lora_rank + config.qk_rope_head_dim) < keys
     # Transformers' way, for contrast: the same step expanded does form them.
-    monkeypatch.setattr(type(model.model.layers[0].self_attn), "should_absorb", lambda *_: False)
+    monkeypatch.setattr(attention_mla, "should_absorb", lambda *_: False)
     with LargestTensor() as expanded:
         model(torch.tensor([[5]]), cache=cache)
     assert expanded.elements >= keys

@@ -8,7 +8,7 @@ from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
-from hf_mla import MLACache, attention_mla, layer_mla
+from hf_mla import MLACache, attention_mla
 from hf_mla.cache_mla import CACHE_NAME
 
 
@@ -103,7 +103,7 @@ def test_the_kernel_in_the_graph(family, quantization, monkeypatch):
     expected = tokens(None)
     kernel = mock.Mock(wraps=decode_triton.latent_decode)
     monkeypatch.setattr(attention_mla, "latent_decode", kernel)
-    monkeypatch.setattr(layer_mla, "runs_in_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
     assert torch.equal(tokens(None), expected)
     assert kernel.call_count == 2 * 7  # layers, and tokens after the first
     monkeypatch.setattr(attention_mla, "latent_decode", decode_triton.latent_decode)
@@ -122,7 +122,7 @@ def test_nothing_is_read(family, length, quantization):
     ids = make_prompt(rows=3, length=40).to("meta")
     with pytest.raises(RuntimeError, match="meta"):
         ids.max().item()
-    with mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention) as absorbed:
+    with mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention) as absorbed:
         for part in ids.split([20, *[1] * 20], dim=1):
             logits = model(part, cache=cache).logits
     assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers

@@ -9,7 +9,7 @@ import transformers
 from conftest import make_mla
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from hf_mla import attention_mla, layer_mla
+from hf_mla import attention_mla
 from hf_mla.configuration_mla import release
 
 
@@ -88,7 +88,7 @@ def test_the_decode_kernel_in_a_batch(family, changes, monkeypatch):
     right = expected(model, PROMPTS[1:3])
     kernel = mock.Mock(wraps=decode_triton.latent_decode)
     monkeypatch.setattr(attention_mla, "latent_decode", kernel)
-    monkeypatch.setattr(layer_mla, "runs_in_kernel", lambda *_: True)
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
     assert batched(model, PROMPTS[1:3], monkeypatch)[0] == right
     shapes = {call.args[0].shape[:3] for call in kernel.call_args_list}
     assert (2, 4, 1) in shapes  # two requests, each a sequence of its own

@@ -246,6 +246,7 @@ def test_splits_fill_the_processors(programs, blocks):
         ({"mask": torch.zeros(1, 1, 1, 9), "packed": True}, True),
         ({"mask": torch.ones(1, 9)}, True),
         ({"rank": 513}, False),
+        ({"rope_dim": 0}, False),
         ({"capability": (7, 5)}, False),
         ({"exporting": True}, False),
         ({"exporting": True, "compiling": True}, True),  # so it is with torch 2.11
@@ -260,10 +261,11 @@ def test_when_the_kernel_runs(changes, runs, monkeypatch):
     monkeypatch.setattr("torch.compiler.is_dynamo_compiling", lambda: "compiling" in changes)
     query = SimpleNamespace(is_cuda=changes["is_cuda"], dtype=changes["dtype"], device=SimpleNamespace(index=0))
     latent, packed = SimpleNamespace(dtype=changes["dtype"]), changes.get("packed", False)
-    assert attention_mla.runs_in_kernel(query, latent, changes["mask"], changes.get("rank", 512), 64, packed) is runs
+    dims = changes.get("rank", 512), changes.get("rope_dim", 64)
+    assert attention_mla.runs_in_kernel(query, latent, changes["mask"], *dims, packed) is runs
 
 
-@pytest.mark.parametrize("norms, quantization", [(0, None), (2, None), (0, "int8")])
+@pytest.mark.parametrize("norms, quantization", [(0, None), (2, None), (0, "int8"), (0, "apart")])
 def test_absorbed_attention_takes_the_kernel(norms, quantization):
     """With the kernel, absorbed attention gives what it gives without it."""
     from hf_mla.cache_mla import QUANTIZATIONS, quantize
@@ -273,7 +275,9 @@ def test_absorbed_attention_takes_the_kernel(norms, quantization):
     shapes = (2, 4, 3, 12), (2, 4, 3, 16), (2, 1, 60, 64 + 16 + norms), (4 * 20, 64)
     q_nope, q_rope, latent, weight = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
     rest = None
-    if quantization:
+    if quantization == "apart":  # as the library's own models hold latents and rotary keys
+        latent, rest = latent.split([64, 16], dim=-1)
+    elif quantization:
         latent, rest = quantize(latent, 64, QUANTIZATIONS[quantization])
     mask = tree(2, 3, 60) | (torch.arange(60, device=DEVICE) == 5)
     outputs = []

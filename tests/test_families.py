@@ -16,7 +16,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import hf_mla
-from hf_mla import MLACache, cache_bytes, cache_of
+from hf_mla import MLACache, attention_mla, cache_bytes, cache_of
 from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion import UserError
 from hf_mla_conversion.commands.plan import make_plan
@@ -198,9 +198,8 @@ def test_generate_gives_the_same_tokens_from_every_cache(family, changes, implem
 @torch.no_grad()
 def test_absorbed_equals_expanded(family, changes, monkeypatch):
     model, taken = make_mla(family, **changes), []
-    attention = type(model.model.layers[0].self_attn)
-    decide = attention.should_absorb
-    monkeypatch.setattr(attention, "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
+    decide = attention_mla.should_absorb
+    monkeypatch.setattr(attention_mla, "should_absorb", lambda *a: taken.append(decide(*a)) or taken[-1])
     ids = torch.randint(1, 97, (2, 40))
     expected = model(ids, use_cache=False).logits
     cache = cache_of(model(ids[:, :20]))
@@ -229,9 +228,9 @@ def test_window_without_a_mask_is_left_to_the_kernel():
     """FlashAttention gets no mask over the window: only a cache that holds no more than the window may be absorbed."""
     attention = make_mla("Mistral", sliding_window=8).model.layers[0].self_attn
     mask = torch.ones(1, 64)
-    assert attention.should_absorb(1, 1, 8, None) and attention.should_absorb(1, 1, 8, mask)
-    assert not attention.should_absorb(1, 1, 64, None) and not attention.should_absorb(1, 1, 64, mask)
-    assert attention.should_absorb(1, 1, 64, mask[None, None].bool())
+    assert attention_mla.should_absorb(attention, 1, 1, 8, None) and attention_mla.should_absorb(attention, 1, 1, 8, mask)
+    assert not attention_mla.should_absorb(attention, 1, 1, 64, None) and not attention_mla.should_absorb(attention, 1, 1, 64, mask)
+    assert attention_mla.should_absorb(attention, 1, 1, 64, mask[None, None].bool())
 
 
 @pytest.mark.parametrize(("family", "changes"), MODELS.values(), ids=MODELS)

@@ -12,10 +12,11 @@ import pytest
 import torch
 import transformers
 from conftest import MODEL, make_mla
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
+from test_native import native, read
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 
 import hf_mla
-from hf_mla import cache_of, layer_mla
+from hf_mla import attention_mla, cache_of
 from hf_mla.configuration_mla import release
 
 
@@ -25,7 +26,7 @@ IDS = torch.randint(1, 96, (2, 72), generator=torch.Generator().manual_seed(0))
 
 def counted_absorption():
     """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention)
+    return mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention)
 
 
 @torch.no_grad()
@@ -134,13 +135,14 @@ def test_offloaded_weights(saved, where, tmp_path):
 @pytest.fixture(scope="module")
 def together(saved, tmp_path_factory):
     """What two processes compute."""
-    file = tmp_path_factory.mktemp("together") / "results.pt"
+    file, other = (tmp_path_factory.mktemp("together") / name for name in ("results.pt", "native"))
+    copy.deepcopy(native("minicpm3")).float().save_pretrained(other)
     script = Path(__file__).with_name("two_processes.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(saved[1]), str(file)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([*command, str(saved[1]), str(other), str(file)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return torch.load(file)
+    return torch.load(file) | {"native folder": other}
 
 
 @pytest.mark.mode(
@@ -158,6 +160,16 @@ def test_tensor_parallel(saved, together):
         torch.testing.assert_close(gradient, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name)
     if release(transformers.__version__) >= (5, 17):
         assert result["absorbed"] == 2 * (8 + 7)
+
+
+@pytest.mark.mode("The library's own MLA models, tensor parallel", since="5.15", costs="as for ours")
+@torch.no_grad()
+def test_native_tensor_parallel(together):
+    model = AutoModelForCausalLM.from_pretrained(together["native folder"])
+    expected = read(model, [16, 1, 1, 1, 1, 1, 1], DynamicCache(config=model.config))
+    assert (together["native"]["logits"] - expected).abs().max() < 5e-5
+    if release(transformers.__version__) >= (5, 17):
+        assert together["native"]["absorbed"] == 3 * 6
 
 
 @pytest.mark.mode("FSDP2 through Accelerate", since="5.15", costs="a layer's weights are gathered when it is called")

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_mla import MLACache, layer_mla
+from hf_mla import MLACache, attention_mla
 
 
 FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 16}, "Qwen2": {}, "Qwen3": {"num_key_norms": 2}}
@@ -94,7 +94,7 @@ def decode(model, **options):
 
 def counted_absorption():
     """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(layer_mla, "absorbed_attention", wraps=layer_mla.absorbed_attention)
+    return mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention)
 
 
 def assert_close(one, other, error=1e-4):

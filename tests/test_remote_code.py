@@ -31,7 +31,7 @@ for path in (folder, again):
     base = AutoModel.from_pretrained(path, dtype=torch.float32, **options)
     assert type(model).__module__.startswith("transformers_modules"), type(model).__module__
     attention = sys.modules[type(model.model.layers[0].self_attn).__module__]
-    assert attention.runs_in_kernel.__globals__["latent_decode"] is None
+    assert attention.absorb_if_cheaper.__globals__["latent_decode"] is None
     assert type(model).__name__ == "LlamaMLAForCausalLM" and type(base).__name__ == "LlamaMLAModel"
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
     outputs = model.generate(ids, max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
@@ -73,7 +73,7 @@ def test_remote_code_takes_the_kernel_where_hf_mla_is_installed(converted, tmp_p
         "import sys; from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
         "module = sys.modules[type(model.model.layers[0].self_attn).__module__]\n"
-        "print(module.__name__.split('.')[0], module.runs_in_kernel.__globals__['latent_decode'])"
+        "print(module.__name__.split('.')[0], module.absorb_if_cheaper.__globals__['latent_decode'])"
     )
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code, converted[0]], capture_output=True, text=True, env=environment)

@@ -1,6 +1,6 @@
 """What tests/test_integration.py has two processes do together, started by torchrun; the first one saves the results.
 
-Arguments: the folder of a model, and the file to write.
+Arguments: the folder of a converted model, that of an MLA model of the library, and the file to write.
 """
 
 import sys
@@ -9,7 +9,8 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from test_integration import counted_absorption, speak, train
-from transformers import AutoModelForCausalLM
+from test_native import read
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
 from hf_mla import cache_of
@@ -28,6 +29,14 @@ def tensor_parallel(folder):
     return {"spoken": spoken, "absorbed": absorbed.call_count, "gradients": gradients, "cache": cache}
 
 
+def native_tensor_parallel(folder):
+    """The logits of the library's model, and how often it has absorbed."""
+    split = DistributedConfig(tp_size=2, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=split, attn_implementation="hf_mla")
+    with counted_absorption() as absorbed:
+        return {"logits": read(model, [16, 1, 1, 1, 1, 1, 1], DynamicCache(config=model.config)), "absorbed": absorbed.call_count}
+
+
 def fully_sharded(folder):
     """Losses of a few steps on half of the batch each."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
@@ -39,8 +48,9 @@ def fully_sharded(folder):
 
 
 if __name__ == "__main__":
-    folder, file = sys.argv[1:]
+    folder, native, file = sys.argv[1:]
     results = {"tensor parallel": tensor_parallel(folder), "fully sharded": fully_sharded(folder)}
+    results["native"] = native_tensor_parallel(native)
     if torch.distributed.get_rank() == 0:
         torch.save(results, file)
     torch.distributed.destroy_process_group()
