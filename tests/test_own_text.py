@@ -83,6 +83,20 @@ def test_without_chance_it_writes_what_the_library_generates(source, monkeypatch
     assert len({row[0].item() for row in ids}) == 4
 
 
+def interrupted_writing(monkeypatch, count):
+    """Interrupt the writing at its call number `count`, the first of which is for the estimate; returns the calls so far."""
+    write, calls = own_text.write_text, []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == count:
+            raise KeyboardInterrupt
+        return write(*arguments)
+
+    monkeypatch.setattr(own_text, "write_text", stop)
+    return calls
+
+
 def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monkeypatch):
     checkpoint, tokenizer, cpu = open_checkpoint(source), AutoTokenizer.from_pretrained(source), torch.device("cpu")
     monkeypatch.setattr(own_text, "MOST_SEQUENCES", {"cpu": 4})
@@ -91,15 +105,7 @@ def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monke
         (tmp_path / name).mkdir()
     whole = own_windows(checkpoint, tokenizer, tmp_path / "a", cpu, 256, 32, seed=0)
     assert whole.shape == (8, 32)
-    calls, write = [], own_text.write_text
-
-    def stop(*arguments):
-        calls.append(arguments)
-        if len(calls) == 4:  # the first is for the estimate
-            raise KeyboardInterrupt
-        return write(*arguments)
-
-    monkeypatch.setattr(own_text, "write_text", stop)
+    calls = interrupted_writing(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0)
     assert torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "b", cpu, 256, 32, seed=0), whole)
@@ -234,17 +240,10 @@ def test_what_fits_is_counted_in_the_numbers_computed_with(source, monkeypatch):
 
 def test_what_was_chosen_first_holds(source, tmp_path, monkeypatch, caplog):
     options = {"calibration_tokens": 256, "window": 16, "steps": 1, **SIZES}  # 128 tokens of its own, a fit of 1,024
-    write, calls, estimates = own_text.write_text, [], []
+    estimates = []
     monkeypatch.setattr(own_text, "MOST_SEQUENCES", {"cpu": 4})
     monkeypatch.setattr(convert_module, "disk_estimate", lambda *arguments: estimates.append(arguments[-1]) or 0)
-
-    def stop(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:  # the first is for the estimate
-            raise KeyboardInterrupt
-        return write(*arguments)
-
-    monkeypatch.setattr(own_text, "write_text", stop)
+    interrupted_writing(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         convert(source, str(tmp_path / "out"), **options)
     assert "writes 128 tokens to calibrate on, which takes 0.0 minutes or more" in caplog.text

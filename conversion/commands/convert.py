@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Convert a checkpoint to MLA: the layers one by one (`stages/layers.py`), and all other weights as they are stored."""
+"""Convert a checkpoint to MLA, in two stages that share a folder of unfinished work.
+
+The layers are converted one by one (`stages/layers.py`), all other weights stay as they are stored. Then the whole model is trained
+to predict what its source predicts (`stages/end_to_end.py`), where there is memory for it or it was asked for. With `max_ratio`
+this is done for several sizes (`stages/frontier.py`). What is written is never further from the source than what the layers gave.
+"""
 
 import logging
 import math

@@ -4,6 +4,7 @@
 * The loss is the Kullback-Leibler divergence of the student's predictions from the teacher's at every position; in evaluation it
   is the student's own loss on the text, whose exponential is its perplexity.
 * The Trainer brings what `accelerate launch` configures (several GPUs, FSDP2, DeepSpeed), accumulation, checkpoints and resume.
+* Logits are never there for more than some positions at a time, and on one GPU a decoder layer is compiled, which serves for all.
 * A loss that is not finite stops the training before such weights can be saved, and names the layer that it came from.
 """
 

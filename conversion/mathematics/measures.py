@@ -52,12 +52,13 @@ class Comparison:
 
     @torch.no_grad()
     def add_models(self, source: Any, converted: Any, windows: Tensor) -> None:
-        """Take in token windows [windows, tokens], which both causal language models run over."""
+        """Take in token windows [windows, tokens], which both causal language models run over.
+
+        Layers that were compiled for training are not compiled again for these shapes.
+        """
+        eager = torch.compiler.set_stance("force_eager")(lambda model, ids: model.model(input_ids=ids, use_cache=False))
         for ids in tqdm(windows, desc=f"measuring at {windows.shape[1]:,} tokens", unit="window"):
-            first, second = (
-                model.model(input_ids=ids.unsqueeze(0).to(model.device), use_cache=False).last_hidden_state[0]
-                for model in (source, converted)
-            )
+            first, second = (eager(model, ids.unsqueeze(0).to(model.device)).last_hidden_state[0] for model in (source, converted))
             self.add_states(first, second, (source.lm_head, converted.lm_head), ids)
 
     def result(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import UserError
 from .checkpoint import Checkpoint, load_file, save_file
-from .loading import compute_dtype, load_model
+from .loading import compute_dtype, free_memory, load_model
 
 
 logger = logging.getLogger(__name__)
@@ -154,12 +154,9 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: int) -> int:
     """How many sequences fit in memory, at most as many as are worth it; an even number."""
-    import psutil
-
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * itemsize
-    fitting = int(MEMORY_SHARE * free / (cached + 12 * config.vocab_size))
+    fitting = int(MEMORY_SHARE * free_memory(device) / (cached + 12 * config.vocab_size))
     return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
 
 
@@ -206,10 +203,7 @@ def minutes_to_write(model: Any, tokenizer: Any, sizes: Sequence[int], length: i
 
 def own_text_fits(checkpoint: Checkpoint, device: torch.device) -> bool:
     """Whether the whole model fits in what is free on a device, with room to write."""
-    import psutil
-
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return 1.5 * checkpoint.parameters * compute_dtype(checkpoint, device).itemsize < free
+    return 1.5 * checkpoint.parameters * compute_dtype(checkpoint, device).itemsize < free_memory(device)
 
 
 def text_names(
