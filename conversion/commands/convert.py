@@ -118,14 +118,7 @@ def convert(
     reason = refusal(checkpoint.config)
     if reason is not None:
         raise UserError(f"{source}: {reason}")
-    if max_ratio is None:
-        sizes = possible_sizes(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
-    elif (kv_budget, kv_lora_rank, qk_rope_head_dim) != (None, None, None):
-        raise UserError("--max-ratio looks for the size; give it without --kv-budget, --kv-lora-rank and --qk-rope-head-dim")
-    elif not 1 < max_ratio < math.inf:
-        raise UserError(f"--max-ratio is {max_ratio}; allowed: more than 1, the source's own perplexity; 1.05 is usual")
-    else:
-        sizes = size_ladder(checkpoint.config, qk_norm)
+    sizes = sizes_to_try(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, max_ratio, qk_norm)
     checkpoint = match_model(checkpoint)
     plans = [make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes]
     planned = plans[0]
@@ -157,8 +150,9 @@ def convert(
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     share = tokens // len(names)
-    read = max(share, heal_tokens // len(names) // TIMES_READ)
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, read if OWN_TEXT in names else 0)
+    different = heal_tokens // TIMES_READ
+    own = max(share, different) if OWN_TEXT in names else 0  # at most
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, own)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
     if max_ratio is not None:
@@ -168,11 +162,13 @@ def convert(
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
+    read = max(share, different // len(names))
     texts = {
         name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
         for name in names
         if name != OWN_TEXT
     }
+    own = max(share, different - sum(windows.numel() for windows in texts.values()))  # the more, the shorter the others are
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
@@ -202,9 +198,9 @@ def convert(
     ):
         if OWN_TEXT in names:
             if processes.is_main_process:
-                own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
+                own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
             processes.wait_for_everyone()
-            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, read, window, seed)
+            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
@@ -215,30 +211,7 @@ def convert(
 
         @cache
         def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
-            """Leaves the model in `output` of its folder; its configuration, and in the main process what was measured."""
-            config = job.config(rank, rope_dim, stored)
-            place = size_folder(folder, config)
-            job.convert_layers(config, processes)
-            processes.wait_for_everyone()
-            measured = job.closeness(job.measure(config)) if main else {}
-            if heal_tokens:
-                after_layers = place / "layers"
-                if main and not after_layers.exists():
-                    write_model(place, after_layers, checkpoint, config, dtype, tokenizer)
-                processes.wait_for_everyone()
-                model = open_checkpoint(str(after_layers))
-                stage, comparisons = end_to_end(checkpoint, model, job, place, heal_tokens, seed, processes)
-                trained = job.closeness(comparisons) if main else {}
-                if main and trained["kl"] > measured["kl"]:
-                    logger.warning("training the whole model gained nothing: what the layers gave is written")
-                    shutil.rmtree(place / "output")
-                    shutil.copytree(after_layers, place / "output")
-                elif main:
-                    alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
-                    measured |= {"end_to_end": stage, "layers_alone": alone, **trained}
-            elif main:
-                write_model(place, place / "output", checkpoint, config, dtype, tokenizer)
-            return config, measured
+            return convert_size(job, job.config(rank, rope_dim, stored), dtype, tokenizer, heal_tokens, processes)
 
         def measured_ratio(size: Candidate) -> float:
             return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
@@ -275,6 +248,60 @@ def convert(
     if push_to is not None and processes.is_main_process:
         upload(path, push_to)
     return report
+
+
+def sizes_to_try(
+    config: Any,
+    kv_budget: float | None,
+    kv_lora_rank: int | None,
+    qk_rope_head_dim: int | None,
+    max_ratio: float | None,
+    qk_norm: str,
+) -> list[tuple[int, int]]:
+    """Ranks and rotary widths among which a conversion chooses, from the arguments of `convert`."""
+    if max_ratio is None:
+        return possible_sizes(config, kv_budget, kv_lora_rank, qk_rope_head_dim, qk_norm)
+    if (kv_budget, kv_lora_rank, qk_rope_head_dim) != (None, None, None):
+        raise UserError("--max-ratio looks for the size; give it without --kv-budget, --kv-lora-rank and --qk-rope-head-dim")
+    if not 1 < max_ratio < math.inf:
+        raise UserError(f"--max-ratio is {max_ratio}; allowed: more than 1, the source's own perplexity; 1.05 is usual")
+    return size_ladder(config, qk_norm)
+
+
+def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens: int, processes: Any) -> tuple[Any, dict[str, Any]]:
+    """Convert to one size, through both stages; the model is left in `output` of the size's folder.
+
+    Args:
+        job: the conversion.
+        config: of the converted model.
+        dtype: type of the output's numbers; "auto" keeps the source's.
+        tokenizer: of the source.
+        heal_tokens: of the end-to-end stage; 0 for none.
+        processes: Accelerate's state.
+
+    Returns:
+        The configuration, and on the main process what was measured, by the names of `ConvertReport`.
+    """
+    main, place = processes.is_main_process, size_folder(job.folder, config)
+    job.convert_layers(config, processes)
+    processes.wait_for_everyone()
+    measured = job.closeness(job.measure(config)) if main else {}
+    layers = place / ("layers" if heal_tokens else "output")
+    if main and not (heal_tokens and layers.exists()):
+        write_model(place, layers, job.checkpoint, config, dtype, tokenizer)
+    if not heal_tokens:
+        return config, measured
+    processes.wait_for_everyone()
+    stage, comparisons = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
+    if main:
+        trained = job.closeness(comparisons)
+        if trained["kl"] <= measured["kl"]:
+            alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
+            return config, measured | {"end_to_end": stage, "layers_alone": alone, **trained}
+        logger.warning("training the whole model gained nothing: what the layers gave is written")
+        shutil.rmtree(place / "output")
+        shutil.copytree(layers, place / "output")
+    return config, measured
 
 
 def trainable_tokens(
@@ -318,23 +345,22 @@ def trainable_tokens(
 
 
 def end_to_end(
-    source: ModelCheckpoint, converted: Checkpoint, job: Job, folder: Path, tokens: int, seed: int, processes: Any
+    converted: Checkpoint, job: Job, folder: Path, tokens: int, processes: Any
 ) -> tuple[HealReport, dict[str, Comparison]]:
     """Train the whole model to predict what its source predicts, and write it to `folder`/output.
 
     Args:
-        source: the source.
         converted: what the layers gave.
-        job: their work, with the text.
+        job: their work, with the source and the text.
         folder: where the work is kept.
         tokens: to train on.
-        seed: of their order.
         processes: Accelerate's state.
 
     Returns:
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
-    windows, window = torch.cat([job.windows[torch.cat(job.train)], job.more]), job.windows.shape[1]
+    source, window = job.checkpoint, job.windows.shape[1]
+    windows = torch.cat([job.windows[torch.cat(job.train)], job.more])
     if processes.is_main_process and (times := round(tokens / windows.numel())) > TIMES_READ:
         logger.warning(
             "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
@@ -345,7 +371,7 @@ def end_to_end(
     step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
     micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
     step_tokens = micro * accumulated * processes.num_processes * window
-    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, seed, EVALUATIONS)
+    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, job.seed, EVALUATIONS)
     dtypes = compute_dtype(converted, job.device), compute_dtype(source, job.device)
     original = load_model(source, torch.device("cpu"), dtypes[1])
     held = torch.cat([job.windows[places] for places in job.held.values()])

@@ -190,7 +190,7 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
     if wanted < 2:
         raise UserError(f"{wanted} tokens of text to work on; at least 2 are needed, some thousands make sense")
     if wanted < tokens:
-        logger.warning("the text has %s tokens, fewer than the %s asked for", f"{len(ids):,}", f"{tokens:,}")
+        logger.warning("the text has %s tokens, fewer than the %s that would be used", f"{len(ids):,}", f"{tokens:,}")
     window = min(window, wanted)
     windows = ids[: len(ids) // window * window].view(-1, window)
     if seed is not None:

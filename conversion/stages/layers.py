@@ -33,8 +33,9 @@ from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
-from ..source.checkpoint import Checkpoint, load_file, save_file
+from ..source.checkpoint import load_file, save_file
 from ..source.loading import compute_dtype
+from ..source.matching import ModelCheckpoint
 from ..source.streaming import LayerStream, allocate
 
 
@@ -78,7 +79,7 @@ class Job:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: ModelCheckpoint,
         folder: Path,
         texts: dict[str, Tensor],
         tokens: int,
