@@ -1,15 +1,22 @@
 """Decoding can be captured: one graph without a break, compiled once however long the context grows, and no wait for the device."""
 
+import copy
 from unittest import mock
 
 import pytest
+import test_native
 import torch
 from test_generation import NEW, UNWINDOWED, all_families, make, make_prompt
+from test_native import PROMPT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig
 
+import hf_mla
 from hf_mla import MLACache, attention_mla
 from hf_mla.cache_mla import CACHE_NAME
+
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
 
 
 @pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
@@ -126,3 +133,59 @@ def test_nothing_is_read(family, length, quantization):
         for part in ids.split([20, *[1] * 20], dim=1):
             logits = model(part, cache=cache).logits
     assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers
+
+
+WIDE = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+WIDE |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
+NATIVE = {  # the library's own models, without routers, and with indexers that pick all tokens: no rounding makes them choose
+    "deepseek_v3": {"first_k_dense_replace": 3},
+    "deepseek_v3, 128 heads of 512 + 64": {"first_k_dense_replace": 3} | WIDE,
+    "hy_v4": {"mlp_layer_types": ["dense"] * 3, "index_topk": 512},
+    "minicpm3": {},
+}
+NATIVE_CASES = [(name, None) for name in NATIVE] + [("deepseek_v3", "int8"), ("deepseek_v3, 128 heads of 512 + 64", "fp8")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("how", ["growing", "static", "generate"])
+@pytest.mark.parametrize("name, quantization", NATIVE_CASES, ids=str)
+@torch.no_grad()
+def test_native_models_on_a_gpu(name, quantization, how, monkeypatch):
+    """In bfloat16, the kernel's logits are as near to the library's in float32 as torch's; those of a captured graph, too."""
+    decode_triton, kind = pytest.importorskip("hf_mla.decode_triton"), name.partition(",")[0]
+    if kind in test_native.REFUSED:
+        pytest.skip("needs Transformers 5.17")
+    monkeypatch.setitem(test_native.TYPES, kind, test_native.TYPES[kind] | NATIVE[name])
+    model = test_native.native.__wrapped__(kind).to(DEVICE, DTYPE)
+    exact = copy.deepcopy(model).float()
+    for each in (model, exact) if quantization else (model,):  # codes are nothing for the library's own attention
+        hf_mla.absorb(each)
+
+    def cache(each):
+        return MLACache(each.config, None if how == "growing" else 40, quantization=quantization)
+
+    def read(each, ids, mask):
+        return test_native.read(each, [PROMPT] + [1] * (ids.shape[1] - PROMPT), cache(each), mask, ids).float()
+
+    ids, mask = test_native.IDS.to(DEVICE), test_native.PADDED.to(DEVICE)
+    calls = mock.Mock(wraps=decode_triton.choose_splits)  # every call of the kernel asks this
+    monkeypatch.setattr(decode_triton, "choose_splits", calls)
+    if how == "generate":
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        settings = {CACHE_NAME: cache(model)} if quantization else {"cache_implementation": "static"}
+        settings |= {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "output_logits": True}
+        out = model.generate(ids[:, :PROMPT], **settings, return_dict_in_generate=True)
+        ids, mask, logits = out.sequences[:, :-1], None, torch.stack(out.logits, 1).float()
+        if model._can_compile_fullgraph:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+            assert not torch._dynamo.utils.counters["graph_break"]
+    else:
+        logits = read(model, ids, mask)
+    assert calls.call_count >= model.config.num_hidden_layers
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: False)
+    expected, plain = (read(each, ids, mask) for each in (exact, model))
+    if how == "generate":
+        expected, plain = expected[:, PROMPT - 1 :], plain[:, PROMPT - 1 :]
+    error, allowed = ((each - expected).norm() / expected.norm() for each in (logits, plain))
+    assert 0 < error < 1.5 * allowed < 0.15
