@@ -17,6 +17,15 @@ from hf_mla.cache_mla import CACHE_NAME
 
 
 DEVICE, DTYPE = "cuda", torch.bfloat16
+WIDE = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+WIDE |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
+NATIVE = {  # the library's own models, without routers, and with indexers that pick all tokens: no rounding makes them choose
+    "deepseek_v3": {"first_k_dense_replace": 3},
+    "deepseek_v3, 128 heads of 512 + 64": {"first_k_dense_replace": 3} | WIDE,
+    "hy_v4": {"mlp_layer_types": ["dense"] * 3, "index_topk": 512},
+    "minicpm3": {},
+}
+NATIVE_CASES = [(name, None) for name in NATIVE] + [("deepseek_v3", "int8"), ("deepseek_v3, 128 heads of 512 + 64", "fp8")]
 
 
 @pytest.mark.mode("Compiled by generate itself", since="5.15", costs="compiling; on a GPU, a static cache is all it takes")
@@ -52,15 +61,18 @@ def test_one_graph(family, lengths, quantization):
     assert len(graphs) == (1 if family in UNWINDOWED else 2)
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA")
-@pytest.mark.parametrize("dtype, kernels", [(torch.bfloat16, 2), (torch.float32, 0)])
-@all_families
-@torch.no_grad()
-def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
-    """Without one too: a tensor that has a device but no memory is compiled like any other."""
-    pytest.importorskip("hf_mla.decode_triton")
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
-    graphs, model = [], make(family).to(dtype)
+def native(name, monkeypatch):
+    """A model of the library with the changes of `NATIVE`."""
+    kind = name.partition(",")[0]
+    if kind in test_native.REFUSED:
+        pytest.skip("needs Transformers 5.17")
+    monkeypatch.setitem(test_native.TYPES, kind, test_native.TYPES[kind] | NATIVE[name])
+    return test_native.native.__wrapped__(kind)
+
+
+def graph_on_a_gpu(model):
+    """The code of a decode step over a static cache; without a GPU too: a tensor with a device but no memory is compiled alike."""
+    graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph.code)
@@ -73,14 +85,41 @@ def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
                     kind[name] = None if x is None else torch.empty(x.shape, dtype=x.dtype, device="cuda")
         ids, mask = torch.zeros(3, 21, dtype=torch.long, device="cuda"), torch.ones(3, 21, dtype=torch.long, device="cuda")
         cache = MLACache(model.config, max_cache_len=60)
-        model(ids[:, :20], cache=cache)
+        model(ids[:, :20], **{CACHE_NAME: cache})
         inputs = model.prepare_inputs_for_generation(
             ids, **{CACHE_NAME: cache}, attention_mask=mask, use_cache=True, next_sequence_length=1
         )
         torch._dynamo.reset()
         torch.compile(model.forward, backend=backend, fullgraph=True)(**inputs)
     (code,) = graphs
+    return code
+
+
+built_with_cuda = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs a PyTorch that was built with CUDA")
+
+
+@built_with_cuda
+@pytest.mark.parametrize("dtype, kernels", [(torch.bfloat16, 2), (torch.float32, 0)])
+@all_families
+@torch.no_grad()
+def test_on_a_gpu_the_graph_has_the_kernel(family, dtype, kernels, monkeypatch):
+    pytest.importorskip("hf_mla.decode_triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    code = graph_on_a_gpu(make(family).to(dtype))
     assert code.count("ops.hf_mla.latent_decode") == kernels and ("softmax" in code) == (not kernels)
+
+
+@built_with_cuda
+@pytest.mark.parametrize("name, ranges", [("deepseek_v3", 1), ("minicpm3", 1), ("hy_v4", 3)])
+@torch.no_grad()
+def test_on_a_gpu_the_graph_of_a_native_model_has_the_kernel(name, ranges, monkeypatch):
+    """The range of a mask is asked for once; each layer of sparse attention has a mask of its own."""
+    pytest.importorskip("hf_mla.decode_triton")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
+    model = native(name, monkeypatch)
+    hf_mla.absorb(model)
+    code = graph_on_a_gpu(model.bfloat16())
+    assert (code.count("ops.hf_mla.latent_decode"), code.count("ops.hf_mla.attended_range")) == (3, ranges)
 
 
 @pytest.mark.mode("Decode kernel", since="5.15", costs="needs Triton and a GPU, bfloat16 or float16, not the eager attention")
@@ -135,28 +174,14 @@ def test_nothing_is_read(family, length, quantization):
     assert logits.shape == (3, 1, 97) and absorbed.call_count == 20 * model.config.num_hidden_layers
 
 
-WIDE = {"num_attention_heads": 128, "num_key_value_heads": 128, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-WIDE |= {"qk_nope_head_dim": 128, "v_head_dim": 128}
-NATIVE = {  # the library's own models, without routers, and with indexers that pick all tokens: no rounding makes them choose
-    "deepseek_v3": {"first_k_dense_replace": 3},
-    "deepseek_v3, 128 heads of 512 + 64": {"first_k_dense_replace": 3} | WIDE,
-    "hy_v4": {"mlp_layer_types": ["dense"] * 3, "index_topk": 512},
-    "minicpm3": {},
-}
-NATIVE_CASES = [(name, None) for name in NATIVE] + [("deepseek_v3", "int8"), ("deepseek_v3, 128 heads of 512 + 64", "fp8")]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("how", ["growing", "static", "generate"])
 @pytest.mark.parametrize("name, quantization", NATIVE_CASES, ids=str)
 @torch.no_grad()
 def test_native_models_on_a_gpu(name, quantization, how, monkeypatch):
     """In bfloat16, the kernel's logits are as near to the library's in float32 as torch's; those of a captured graph, too."""
-    decode_triton, kind = pytest.importorskip("hf_mla.decode_triton"), name.partition(",")[0]
-    if kind in test_native.REFUSED:
-        pytest.skip("needs Transformers 5.17")
-    monkeypatch.setitem(test_native.TYPES, kind, test_native.TYPES[kind] | NATIVE[name])
-    model = test_native.native.__wrapped__(kind).to(DEVICE, DTYPE)
+    decode_triton = pytest.importorskip("hf_mla.decode_triton")
+    model = native(name, monkeypatch).to(DEVICE, DTYPE)
     exact = copy.deepcopy(model).float()
     for each in (model, exact) if quantization else (model,):  # codes are nothing for the library's own attention
         hf_mla.absorb(each)
