@@ -177,11 +177,9 @@ def absorb_if_cheaper(
         What `absorbed_attention` does; None where keys and values are to be formed.
     """
     batch, _, tokens, _ = query_nope.shape
-    # The eager attention is asked for where weights are wanted, which a kernel does not have.
-    in_kernel = (
-        not attention.config._attn_implementation.endswith("eager")
-        and sinks is None
-        and runs_in_kernel(query_nope, latent, attention_mask, attention.kv_lora_rank, attention.qk_rope_head_dim, packed)
+    # The eager attention is asked for where weights are wanted, which a kernel does not have; models with sinks know no other.
+    in_kernel = (sinks is not None or not attention.config._attn_implementation.endswith("eager")) and (
+        runs_in_kernel(query_nope, latent, attention_mask, attention.kv_lora_rank, attention.qk_rope_head_dim, packed)
     )
     if not should_absorb(attention, batch, tokens, latent.shape[2], attention_mask, in_kernel):
         return None
@@ -236,7 +234,7 @@ def absorbed_attention(
         packed: whether the tokens are of several requests in one row, as in continuous batching: with B = 1, each of the T tokens
             attends to a part of the S, which an additive mask says.
         attended: int32 [B, 3], what the kernel's `attended_range` says of the mask, if it was asked before.
-        sinks: [H], scores of a token that every token attends to and whose value is zero; not in the kernel.
+        sinks: [H], scores of a token that every token attends to and whose value is zero.
 
     Returns:
         The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel did the work, which has none.
@@ -258,7 +256,8 @@ def absorbed_attention(
             attention_mask = attention_mask.transpose(0, 2) >= 0  # [T, 1, 1, S]; it is additive
             latent = latent.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
-        context = latent_decode(query, codes[:, 0], beside[:, 0], rank, scaling, attention_mask, attended, num_key_norms)
+        tensors = query, codes[:, 0], beside[:, 0]
+        context = latent_decode(*tensors, rank, scaling, attention_mask, attended, num_key_norms, sinks=sinks)
     else:
         if rest is not None and is_quantized(latent):
             latent, rest = dequantize(latent, rest), None

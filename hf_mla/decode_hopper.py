@@ -44,7 +44,7 @@ def fetch(latents, ropes, place, batch, token, ready, latent_tiles, rope_tiles, 
 
 @gluon.jit(do_not_specialize=["S", "mask_b", "mask_t"])
 def hopper_kernel(
-    latents, ropes, query, rest, mask, attended, out, lse,
+    latents, ropes, query, rest, mask, attended, sinks, out, lse,
     scale, cap, S, M, T, window, row_blocks, heads_per_norm, copies, rest_b, rest_s, mask_b, mask_t, attended_b,
     out_b, out_split, out_h,
     R: gl.constexpr, P: gl.constexpr, BLOCK_P: gl.constexpr, BLOCK_M: gl.constexpr, warps: gl.constexpr,
@@ -121,6 +121,10 @@ def hopper_kernel(
     total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, scores_layout)  # added up over tokens at the end
     context = gl.zeros([BLOCK_R, BLOCK_M], gl.float32, context_layout)
     nothing = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, scores_layout)
+    if sinks is not None:
+        sink = gl.load(sinks + rows // T).to(gl.float32) * 1.4426950408889634  # log2(e)
+        largest = gl.where(split == 0, sink, largest)
+        total = gl.where(split == 0, 1 / BLOCK_N, total)  # of each row that is added up
     for tile in range(tiles):
         place = tile % 2
         tokens = begin + tile * BLOCK_N + gl.arange(0, BLOCK_N, tokens_layout)

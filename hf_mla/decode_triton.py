@@ -56,7 +56,7 @@ def range_kernel(mask, attended, T, S, mask_b, mask_t, BLOCK_S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "mask_b", "mask_t"])
 def split_kernel(
-    query, latent, rest, mask, attended, out, lse,  # pointers
+    query, latent, rest, mask, attended, sinks, out, lse,  # pointers
     scale, cap, S, M, T, window, row_blocks, heads_per_norm, latent_b, latent_s, rest_b, rest_s, mask_b, mask_t, attended_b,
     out_b, out_split, out_h,
     R: tl.constexpr, P: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -86,6 +86,10 @@ def split_kernel(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     context = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if sinks is not None:  # as if the first split had already seen a token of this score, whose value is zero
+        sink = tl.load(sinks + rows // T, mask=rows < M, other=0.0).to(tl.float32) * 1.4426950408889634  # log2(e)
+        largest = tl.where(split == 0, sink, largest)
+        total = tl.where(split == 0, 1.0, total)
     for base in range(begin, stop, BLOCK_N):
         tokens = base + tl.arange(0, BLOCK_N)
         live = tokens < stop
@@ -230,6 +234,7 @@ def latent_decode(
     num_key_norms: int = 0,
     window: int = 0,
     softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Absorbed attention of the new tokens' queries over cached latents (DeepSeek-V2, arXiv:2405.04434, section 2.1.2).
 
@@ -247,6 +252,7 @@ def latent_decode(
         num_key_norms: g.
         window: with neither, how many tokens a token attends to, itself included; 0 for all before it.
         softcap: c, if the scores x are to be capped as c * tanh(x / c); 0 if not.
+        sinks: [H], scores of a token that every token attends to and whose value is zero; they are neither scaled nor capped.
 
     Returns:
         sum_t p(t) c(t), [H, B, T, R] and contiguous; zero where nothing is attended to.
@@ -283,6 +289,7 @@ def latent_decode(
         "query": query.contiguous(),
         "mask": mask,
         "attended": attended,
+        "sinks": None if sinks is None else sinks.contiguous(),
         "out": target,
         "lse": lse,
         "scale": scale,

@@ -25,7 +25,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mla import absorb_if_cheaper, is_quantized
@@ -177,7 +177,9 @@ def attend(
     if expand_kv is not None:
         latent, rest = key, value
         if indices is not None:
-            latent, rest, attention_mask = pick(latent, rest, attention_mask, indices, gather=base != "eager")
+            # The eager base is for weights of all tokens, but models with sinks know no other.
+            gather = base != "eager" or s_aux is not None
+            latent, rest, attention_mask = pick(latent, rest, attention_mask, indices, gather)
         q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
         assert scaling is not None
         absorbed = absorb_if_cheaper(
@@ -193,6 +195,9 @@ def attend(
     under = Changed(module, config=Changed(module.config, _attn_implementation=base)) if base not in ("sdpa", "eager") else module
     if s_aux is not None:
         kwargs["s_aux"] = s_aux
+    if base == "eager" and attention_mask is not None and attention_mask.dtype == torch.bool:  # see `whole_mask`
+        zeros = torch.zeros_like(attention_mask, dtype=query.dtype)
+        attention_mask = zeros.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
     return attention(under, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
@@ -256,5 +261,10 @@ def named(base: str) -> str:
     """The name of our implementation over a base, which is registered with the base's masks."""
     name = NAME if base == "sdpa" else f"{NAME}|{base}"
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionMaskInterface.register(name, whole_mask if base == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
+
+
+def whole_mask(*args: Any, **kwargs: Any) -> Any:
+    """The mask that the library's eager attention gets as numbers, before it becomes these: the kernel reads true and false."""
+    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})

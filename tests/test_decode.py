@@ -30,7 +30,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def reference(query, latent, rest, rank, scaling, mask=None, attended=None, num_key_norms=0, window=0, softcap=0.0):
+def reference(query, latent, rest, rank, scaling, mask=None, attended=None, num_key_norms=0, window=0, softcap=0.0, sinks=None):
     """`latent_decode`, from its docstring."""
     new_tokens, tokens, rope_dim = query.shape[2], latent.shape[1], query.shape[-1] - rank
     quantized = latent.dtype.itemsize == 1
@@ -49,7 +49,10 @@ def reference(query, latent, rest, rank, scaling, mask=None, attended=None, num_
         mask = ((key >= attended[:, :1]) & (key < attended[:, 1:2]))[:, None, None]
     elif mask is None:
         mask = (key <= position) & (key > position - (window or tokens))
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(-1, 1, 1).expand(len(query), -1, new_tokens, 1)], dim=-1)
+    weights = scores.softmax(-1).nan_to_num(0)[..., :tokens]
     return torch.einsum("bhts,bsr->hbtr", weights, latent)
 
 
@@ -100,6 +103,13 @@ CASES = {  # batch, heads, new tokens, tokens, rank, rope_dim, and what is speci
     "int8, 512 + 64": (2, 32, 1, 200, 512, 64, {"codes": torch.int8}),
     "one mask for all": (3, 4, 1, 300, 48, 16, {"mask": lambda *shape: left_padding(*shape)[1:2]}),
     "holes": (3, 4, 1, 300, 48, 16, {"mask": tree}),
+    "sinks, one split": (9, 4, 1, 90, 48, 16, {"sinks": 1}),
+    "sinks, many splits": (1, 32, 1, 1500, 96, 32, {"sinks": 1}),
+    "sinks above all scores": (2, 4, 3, 300, 48, 16, {"sinks": 9}),
+    "sinks, tree": (2, 4, 6, 300, 64, 16, {"mask": tree, "sinks": 1}),
+    "sinks, range": (3, 4, 1, 300, 48, 16, {"attended": [[5, 200, 0], [0, 300, 0], [40, 40, 0]], "sinks": 1}),
+    "sinks, int8": (2, 4, 1, 300, 64, 16, {"codes": torch.int8, "mask": left_padding, "sinks": 1}),
+    "sinks, fp8, soft cap": (2, 4, 2, 300, 64, 16, {"codes": torch.float8_e4m3fn, "softcap": 3.0, "sinks": 1}),
 }
 GPU_CASES = {
     "64 rows": (3, 128, 1, 3000, 512, 64, {}),
@@ -113,6 +123,9 @@ GPU_CASES = {
     "int8, 96 + 32": (40, 32, 1, 500, 96, 32, {"codes": torch.int8}),
     "70,000 sequences": (70000, 2, 1, 40, 32, 8, {}),
     "128 + 32": (40, 32, 1, 2000, 128, 32, {"num_key_norms": 8}),
+    "sinks, 64 rows": (3, 128, 1, 3000, 512, 64, {"mask": left_padding, "sinks": 1}),
+    "sinks, one split, 512 + 64": (300, 16, 1, 200, 512, 64, {"sinks": 1}),
+    "sinks, int8, 512 + 64": (3, 64, 1, 3000, 512, 64, {"codes": torch.int8, "sinks": 1}),
 }
 
 
@@ -129,6 +142,8 @@ def test_against_float64(case, dtype):
         options["mask"] = options["mask"](batch, new_tokens, tokens)
     if "attended" in options:
         options["attended"] = torch.tensor(options["attended"], dtype=torch.int32, device=DEVICE)
+    if "sinks" in options:
+        options["sinks"] = torch.randn(heads, device=DEVICE) + options["sinks"]
     scaling = 3 / (rank + rope_dim) ** 0.5
     out = decode_triton.latent_decode(query, latent, rest, rank, scaling, **options)
     expected = reference(query, latent, rest, rank, scaling, **options)
@@ -162,6 +177,78 @@ def test_sequences_may_share_their_latents():
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
 
 
+class Seen:
+    """In the place of a kernel, which it runs: what that was given."""
+
+    def __init__(self, kernel):
+        self.kernel, self.given = kernel, {}
+
+    def __getitem__(self, grid):
+        def run(*args, **kwargs):
+            self.given = kwargs
+            return self.kernel[grid](*args, **kwargs)
+
+        return run
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("layout", ["packed", "apart", "apart, growing"])
+def test_nothing_is_copied(layout, codes, monkeypatch):
+    """Latents and what is beside them are read where they lie: in one tensor or two, in a static cache or one with room to grow."""
+    torch.manual_seed(0)
+    batch, tokens, rank, rope_dim, dtype = 2, 90, 64, 16, TYPES[1]
+    if layout == "packed":
+        latent, rest = make_cache(batch, tokens, rank, rope_dim, 0, dtype, codes)
+    else:
+        room = tokens + 38 * (layout == "apart, growing")
+        shapes = (batch, 1, room, rank), (batch, 1, room, rope_dim + (codes is not None))
+        latent, rest = (torch.randn(shape, device=DEVICE) for shape in shapes)
+        latent, rest = latent.mul(40).clamp(-127, 127).to(codes) if codes else latent.to(dtype), rest.abs().to(dtype)
+        latent, rest = latent[:, :, :tokens][:, 0], rest[:, :, :tokens][:, 0]
+    query, sinks = torch.randn(batch, 4, 1, rank + rope_dim, device=DEVICE).to(dtype), torch.randn(4, device=DEVICE)
+    mask = left_padding(batch, 1, tokens)
+    seen = Seen(decode_triton.split_kernel)
+    monkeypatch.setattr(decode_triton, "split_kernel", seen)
+    monkeypatch.setattr(decode_triton, "decode_hopper", None)
+    scaling = 0.01 if codes else 0.3
+    out = decode_triton.latent_decode(query, latent, rest, rank, scaling, mask, sinks=sinks)
+    expected = reference(query, latent, rest, rank, scaling, mask, sinks=sinks)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[dtype]
+    for name, tensor in {"query": query, "latent": latent, "rest": rest, "mask": mask, "sinks": sinks}.items():
+        assert seen.given[name].data_ptr() == tensor.data_ptr(), name
+    assert [seen.given[name] for name in ("latent_b", "latent_s", "rest_b", "rest_s")] == [
+        *latent.stride()[:2],
+        *rest.stride()[:2],
+    ]
+
+
+@pytest.mark.skipif(not ON_GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    "rank, rope_dim, apart, codes, taken",
+    [
+        (512, 64, True, None, True),
+        (512, 64, False, None, True),
+        (64, 8, True, None, True),
+        (64, 12, True, None, False),  # a row of rotary keys is no multiple of 16 bytes
+        (60, 8, True, None, False),
+        (512, 64, True, torch.int8, True),  # what is beside codes does not come by the copy engine
+        (64, 12, True, torch.float8_e4m3fn, True),
+        (72, 8, True, torch.int8, False),
+    ],
+    ids=str,
+)
+def test_when_the_hopper_kernel_runs(rank, rope_dim, apart, codes, taken):
+    """Latents and rotary keys in two tensors are read as they lie, where rows begin at multiples of 16 bytes."""
+    latent, rest = make_cache(2, 90, rank, rope_dim, 0, torch.bfloat16, codes)
+    if apart:
+        latent, rest = latent.contiguous(), rest.contiguous()
+    query = torch.randn(2, 4, 1, rank + rope_dim, device=DEVICE).to(torch.bfloat16)
+    assert decode_triton.decode_hopper.fits(query, latent, rest) == taken
+    out = decode_triton.latent_decode(query, latent, rest, rank, 0.1)
+    expected = reference(query, latent, rest, rank, 0.1)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[torch.bfloat16]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -173,8 +260,11 @@ def size(rank, rope, rows, warps, type, **changes):
     constants = dict(R=rank, P=rope, BLOCK_M=rows, warps=warps, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False, QUANTIZED=False)
     constants |= dict(BLOCK_P=max(16, triton.next_power_of_2(rope))) | changes
     kinds = dict(query="*" + type, rest="*" + type, out="*fp32", lse="*fp32", attended="*i32", mask="*u8", scale="fp32", cap="fp32")
+    kinds["sinks"] = "*fp32"
     codes = constants.pop("codes", None)
     wide = {"latents": max(64, triton.next_power_of_2(rank)), "ropes": constants["BLOCK_P"]}
+    if not constants.pop("sunk", False):
+        constants["sinks"] = None
     if codes:
         constants |= dict(ropes=None, QUANTIZED=True)
     for name in wide.keys() - constants.keys():
@@ -193,6 +283,7 @@ print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, NORMS=8))
 print(size(448, 128, 32, 4, "fp16", CAPPED=True))
 print(size(48, 16, 16, 4, "bf16", BOUNDED=True))
 print(size(512, 64, 32, 8, "bf16", codes="i8"))
+print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, sunk=True))
 """
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import importlib.util
+from types import SimpleNamespace
 from unittest import mock
 
 import accelerate
@@ -501,7 +502,7 @@ def test_one_graph():
 def test_layers_share_the_range_of_a_mask(name, monkeypatch):
     """Once a step for all layers that have the same mask; those of sparse attention have masks of their own."""
 
-    def zeros(query, latent, *_):
+    def zeros(query, latent, *_, **__):
         return query.new_zeros(query.shape[1], 2, 1, latent.shape[-1])
 
     model = absorbing(name)
@@ -526,12 +527,37 @@ def test_the_kernel_reads_the_cache_as_it_is(monkeypatch):
     if not decode_triton.triton.knobs.runtime.interpret:
         pytest.skip("needs Triton's interpreter")
     before, model = (copy.deepcopy(each).float() for each in (native("deepseek_v3"), absorbing("deepseek_v3")))
-    kernel = mock.Mock(wraps=decode_triton.latent_decode)
+    kernel, ranges = mock.Mock(wraps=decode_triton.latent_decode), mock.Mock(wraps=decode_triton.attended_range)
     monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    monkeypatch.setattr(attention_mla, "attended_range", ranges)
     monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
     caches = [StaticCache(model.config, max_cache_len=40) for _ in range(2)]
     expected, got = (read(each, [PROMPT, 3, 1], cache, PADDED) for each, cache in zip((before, model), caches, strict=True))
     assert (expected - got).abs().max() < 5e-5
+    assert (ranges.call_count, kernel.call_count) == (3, 3 * 3)  # once for all layers of a forward pass
     for call, layer in zip(kernel.call_args_list, caches[1].layers * 3, strict=True):
         for tensor, held in zip(call.args[1:3], (layer.keys, layer.values), strict=True):
             assert (tensor.data_ptr(), tensor.stride()) == (held.data_ptr(), held[:, 0].stride())
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")
+@pytest.mark.parametrize("name, layers", [("hy_v4", 3), ("mistral_large4", 3), ("glm5_next", 0)])
+@torch.no_grad()
+def test_layers_that_the_kernel_takes(name, layers, monkeypatch):
+    """On a GPU: those with sinks too; those without rotary keys decode in torch."""
+    decode_triton = pytest.importorskip("hf_mla.decode_triton")
+    if name in REFUSED or not decode_triton.triton.knobs.runtime.interpret:
+        pytest.skip("needs Triton's interpreter, and Transformers 5.17")
+    runs_in_kernel = attention_mla.runs_in_kernel
+    gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _device: (9, 0))
+    monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda query, latent, *rest: runs_in_kernel(gpu, gpu, *rest))
+    kernel = mock.Mock(wraps=decode_triton.latent_decode)
+    monkeypatch.setattr(attention_mla, "latent_decode", kernel)
+    before, model = (copy.deepcopy(each).float() for each in (native(name), absorbing(name)))
+    for mask in None, PADDED:
+        expected, got = (read(each, [PROMPT, 1, 1], DynamicCache(config=each.config), mask) for each in (before, model))
+        assert (expected - got).abs().max() < 5e-5
+    assert kernel.call_count == 4 * layers
+    assert all((call.kwargs["sinks"] is not None) == (name == "hy_v4") for call in kernel.call_args_list)
