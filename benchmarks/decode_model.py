@@ -3,34 +3,25 @@
 python benchmarks/decode_model.py [--only converted,gqa,deepseek_v3] [--shapes 16x16384,...] [--layers 8] [--out FILE] [--tiny]
 
 Three models of the width of Llama-3-8B with random weights in bfloat16: the Llama with grouped queries (gqa), that Llama converted
-to a latent of 512 and a rotary key of 64 (converted), and Transformers' DeepSeek-V3 of the same shape (deepseek_v3). `generate`
-continues from a static cache that holds random numbers for all of the context but its last token, and compiles the step by itself
-as it does for every static cache on a GPU, anew for each row: what it is called with is what a user calls it with, and a token's
-time is all that passes from one to the next at a streamer. The first token, which `generate` computes without compiling, and those
-in which it compiles and records CUDA graphs are left out; their seconds are in the JSON as `start_seconds`. Of the rest, the
-median and the 10th and 90th percentiles. A model that cannot be compiled runs as it is, with a note.
+to a latent of 512 and a rotary key of 64 (converted), and Transformers' DeepSeek-V3 of the same shape (deepseek_v3). What is
+timed is `generate` with a static cache (`step_time.py`).
 
 The largest batch is found by trying, each model alone on the GPU: allocate a static cache and take one step, not compiled.
 """
 
 import argparse
 import json
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from llama_width import DEVICE, machine, make_model
+from step_time import SPARE, WARM_UP, measure
 from transformers import PreTrainedModel, StaticCache
-from transformers.generation.streamers import BaseStreamer
 
 from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion.commands.bench import free_memory
 
-
-SPARE = 64  # tokens of the static cache beyond the context
-WARM_UP = 6  # tokens: the first, compiling, recording, and some more
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--only", default="converted,gqa,deepseek_v3")
@@ -43,73 +34,6 @@ parser.add_argument("--steps", type=int, default=32, help=f"measured tokens, at 
 parser.add_argument("--out", help="a JSON file to write, after every row")
 parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU (with small --shapes and --long)")
 arguments = parser.parse_args()
-
-
-class Clock(BaseStreamer):
-    """Notes when tokens arrive."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then a token of every sequence."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing to flush."""
-
-
-@torch.no_grad()
-def filled_cache(model: PreTrainedModel, ids: torch.Tensor) -> StaticCache:
-    """A static cache that holds random numbers for all tokens [B, S] but the last."""
-    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + SPARE)
-    model(ids[:, :1], **{CACHE_NAME: cache})  # allocates
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(ids.shape[1] - 1)
-    return cache
-
-
-def generate(model: PreTrainedModel, batch: int, context: int, eager: bool) -> dict[str, Any]:
-    """Generate, and say how long the tokens took and what was compiled."""
-    free_memory()
-    torch._dynamo.utils.counters.clear()
-    ids, clock = torch.randint(32000, (batch, context), device=DEVICE), Clock()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        **{CACHE_NAME: filled_cache(model, ids)},
-        max_new_tokens=WARM_UP + arguments.steps,
-        do_sample=False,
-        disable_compile=eager,
-        streamer=clock,
-    )
-    seconds = [end - start for start, end in zip(clock.times, clock.times[1:], strict=False)]
-    steady = sorted(1000 * second for second in seconds[WARM_UP:])
-    deciles = statistics.quantiles(steady, n=10)
-    counters = torch._dynamo.utils.counters
-    return {
-        "milliseconds_per_token": statistics.median(steady),
-        "spread": [deciles[0], deciles[-1]],
-        "start_seconds": sum(seconds[:WARM_UP]),
-        "compiled": {
-            "graphs": counters["stats"]["unique_graphs"],
-            "graph_breaks": sum(counters["graph_break"].values()),
-            "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
-        },
-    }
-
-
-def measure(model: PreTrainedModel, batch: int, context: int) -> dict[str, Any]:
-    """`generate` as it is, else without compiling, else nothing; with a note where it is not the first."""
-    notes = []
-    for eager in (False, True):
-        try:
-            return generate(model, batch, context, eager) | ({"note": "; ".join(notes)} if notes else {})
-        except Exception as error:  # out of memory, or whatever a compiler says
-            notes.append(f"{'not compiled' if eager else 'compiled'}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    return {"milliseconds_per_token": None, "note": "; ".join(notes)}
 
 
 @torch.no_grad()
@@ -160,7 +84,7 @@ for batch, context in shapes:
     row: dict[str, Any] = {"batch": batch, "context": context}
     rows.append(row)
     for name, model in models.items():
-        measured = measure(model, batch, context)
+        measured = measure(model, batch, context, arguments.steps)
         for key, value in measured.items():
             row.setdefault(key, {})[name] = value
         print(f"{batch:4} x {context:6} {name:12}", measured, flush=True)

@@ -203,13 +203,12 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
     bench = command("bench", run_bench, "time decoding with a converted model and with its source")
-    bench.add_argument("out", metavar="OUT", help="converted checkpoint")
-    bench.add_argument(
-        "--against", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf file or Hub id"
-    )
+    bench.add_argument("out", metavar="OUT", help="converted checkpoint; or a model that has MLA by itself, without --against")
+    bench.add_argument("--against", metavar="SOURCE", help="what OUT was converted from: folder, .gguf file or Hub id")
     bench.add_argument("--batch", type=int, metavar="N", help="sequences decoded at once (1)")
     bench.add_argument("--context", type=int, nargs="+", metavar="N", help="tokens in each; several may be given (2048)")
     bench.add_argument("--new-tokens", type=int, metavar="N", help="steps that are timed together (32)")
+    bench.add_argument("--cache", metavar="C", help="static or dynamic, which grows (static)")
     add_device(bench)
     bench.add_argument("--dtype", metavar="T", help="auto, float32, bfloat16 or float16 (auto: the source's, float32 on a CPU)")
     bench.add_argument("--plot", metavar="FILE", help="draw speed and cache against context to a .png, .svg or .pdf file")

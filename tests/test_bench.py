@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MODEL, make_llama, make_source
+from test_native import config_and_class
 from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
 
-from hf_mla import cache_bytes, cache_of
+from hf_mla import LatentDynamicLayer, absorb, cache_bytes, cache_of
 from hf_mla.cache_mla import CACHE_NAME
 from hf_mla_conversion import bench, convert
 from hf_mla_conversion.cli import main
@@ -27,6 +29,13 @@ LEAST = bencher.WARM_UP_STEPS + bencher.REPEATS + 2  # the shortest context at o
 @pytest.fixture
 def out(closed_form):
     return closed_form
+
+
+def make_native(folder, name):
+    """Save a tiny random MLA model of the library."""
+    config, model_class = config_and_class(name)
+    model_class._from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def run(capsys, *words):
@@ -65,10 +74,40 @@ def test_table(capsys, out):
     code, text, errors = run(capsys, "bench", out, "--against", MODEL, "--context", 32, LEAST, "--new-tokens", 1, "--device", "cpu")
     lines = text.splitlines()
     assert (code, errors) == (0, [])
-    assert lines[0].endswith("float32, batch 1")
+    assert lines[0].endswith("float32, batch 1, static cache")
     assert lines[1].split() == ["context", "model", "ms", "a", "step", "spread", "tokens", "a", "second", "ratio", "cache", "ratio"]
     assert [line.split()[:2] for line in lines[2::2]] == [[str(LEAST), "source"], ["32", "source"]]
     assert all(line.split()[0] == "converted" and line.endswith("x 0.312") for line in lines[3::2])
+
+
+def test_native_model(capsys, monkeypatch, tmp_path):
+    """It is loaded once, and compared with itself."""
+    load, decode, attention = bencher.load_model, bencher.decode, []
+
+    def loaded(*arguments):
+        attention.append("loaded")
+        return load(*arguments)
+
+    def decoded(model, *arguments):
+        attention.append(model.config._attn_implementation)
+        return decode(model, *arguments)
+
+    monkeypatch.setattr(bencher, "load_model", loaded)
+    monkeypatch.setattr(bencher, "decode", decoded)
+    folder = make_native(tmp_path, "deepseek_v3")
+    words = ["bench", folder, "--context", LEAST, 40, "--new-tokens", 1, "--batch", 2, "--device", "cpu"]
+    code, text, errors = run(capsys, *words, "--json")
+    result = json.loads(text)
+    assert (code, errors, attention) == (0, [], ["loaded", "sdpa", "sdpa", "hf_mla", "hf_mla"])
+    assert set(result) >= KEYS
+    assert (result["names"], result["cache"]) == ({"source": "sdpa", "converted": "hf_mla"}, "static")
+    held = 3 * 2 * 40 * (24 + 8) * 4  # layers, sequences, tokens, numbers of a latent, bytes
+    assert result["cache_bytes"] == {"source": held, "converted": held}
+    code, text, errors = run(capsys, *words[:3], *words[4:], "--cache", "dynamic")
+    lines = text.splitlines()
+    assert (code, errors) == (0, [])
+    assert lines[0].endswith("float32, batch 2, dynamic cache")
+    assert (lines[2].split()[:2], lines[3].split()[:1]) == (["40", "sdpa"], ["hf_mla"])
 
 
 def test_dtype_and_default_context(out):
@@ -77,24 +116,43 @@ def test_dtype_and_default_context(out):
     assert report.cache_bytes.converted == 60 * 2 * 6 * 1024
 
 
-@pytest.mark.parametrize("changes", [{}, {"family": "Mistral", "sliding_window": 12}], ids=["full", "sliding window"])
-@pytest.mark.parametrize("converted", [False, True])
-def test_a_copied_prompt_is_a_read_prompt(tmp_path, changes, converted):
+def check_filled_cache(model, kind):
     """`generate` goes on from the filled cache as it does from the prompt itself, and the cache ends full."""
-    folder = make_source(tmp_path / "source", **changes)
-    if converted:
-        convert(folder, str(tmp_path / "out"), kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=512, steps=0, device="cpu")
-        folder = tmp_path / "out"
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    prompt = torch.randint(3, 4096, (1, 20))
+    prompt = torch.randint(3, 97, (1, 20))
     options = {"max_new_tokens": 11, "min_new_tokens": 11, "do_sample": False, "return_dict_in_generate": True}
-    expected = model.generate(prompt, **options, cache_implementation="static")
+    expected = model.generate(prompt, **options, cache_implementation="static" if kind == "static" else None)
     with torch.no_grad():
-        cache = bencher.filled_cache(model, prompt[:, :-1], 3, 30)
+        cache = bencher.filled_cache(model, prompt[:, :-1], 3, 30, kind)
+    assert [type(layer) for layer in cache.layers] == [type(layer) for layer in cache_of(expected).layers]
     result = model.generate(prompt.expand(3, -1), **options, **{CACHE_NAME: cache})
     assert torch.equal(result.sequences, expected.sequences.expand(3, -1))
     assert cache.get_seq_length() == 30
     assert cache_bytes(cache) == 3 * cache_bytes(cache_of(expected))
+    return cache
+
+
+@pytest.mark.parametrize("kind", bencher.CACHES)
+@pytest.mark.parametrize("changes", [{}, {"family": "Mistral", "sliding_window": 12}], ids=["full", "sliding window"])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_copied_prompt_is_a_read_prompt(tmp_path, changes, converted, kind):
+    folder = make_source(tmp_path / "source", **changes)
+    if converted:
+        convert(folder, str(tmp_path / "out"), kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=512, steps=0, device="cpu")
+        folder = tmp_path / "out"
+    cache = check_filled_cache(AutoModelForCausalLM.from_pretrained(folder).eval(), kind)
+    if kind == "dynamic" and not changes:
+        assert type(cache.layers[0]) is (LatentDynamicLayer if converted else DynamicLayer)
+
+
+@pytest.mark.parametrize("kind", bencher.CACHES)
+@pytest.mark.parametrize("absorbed", [False, True], ids=["sdpa", "hf_mla"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_linear"])
+def test_a_copied_prompt_of_a_native_model(tmp_path, name, absorbed, kind):
+    """One that caches two tensors a layer, and one with layers of linear attention, whose states cannot be copied so."""
+    model = AutoModelForCausalLM.from_pretrained(make_native(tmp_path, name)).eval()
+    if absorbed:
+        absorb(model)
+    check_filled_cache(model, kind)
 
 
 def test_only_steps_are_timed(monkeypatch):
@@ -110,7 +168,7 @@ def test_only_steps_are_timed(monkeypatch):
     model.register_forward_hook(forward, with_kwargs=True)
     monkeypatch.setattr("hf_mla_conversion.commands.bench.time.perf_counter", lambda: now[0])
     steps = bencher.decoded_steps(3)
-    assert bencher.decode(model, 2, 64, 3).milliseconds == [1000] * bencher.REPEATS
+    assert bencher.decode(model, 2, 64, 3, "static").milliseconds == [1000] * bencher.REPEATS
     assert lengths == [63 - steps, 1] + [1] * steps
 
 
@@ -147,6 +205,7 @@ WRONG = {
     "long context": (["--context", 512, 1025], "--context is 1025; the model has positions for 1024"),
     "many new tokens": (["--new-tokens", 500], "--context is 1024; --new-tokens 500 takes 2510"),
     "device": (["--device", "tpu"], "--device tpu is not available; use auto, cpu, cuda or cuda:N"),
+    "cache": (["--cache", "quantized"], "--cache is quantized; it must be one of static, dynamic"),
     "dtype": (["--dtype", "int8"], "--dtype is int8; it must be one of auto, float32, bfloat16, float16"),
     "picture": (["--plot", "a.bmp"], "--plot a.bmp: the name must end in one of"),
     "folder of the picture": (["--plot", "/no/such/a.png"], "--plot /no/such/a.png cannot be written"),
@@ -168,6 +227,8 @@ def test_wrong_checkpoints(capsys, tmp_path, out):
         ([out, "--against", other], "it was converted from another model"),
         ([out, "--against", out], "already has latent attention"),
         ([tmp_path / "none", "--against", MODEL], "there is no folder"),
+        ([out], "is a converted model; give --against, what it was converted from"),
+        ([other], f"{other} is a 'llama', which has no MLA; give a model that has it, or a converted one and --against"),
     ):
         code, text, errors = run(capsys, "bench", *words)
         assert (code, text, len(errors)) == (2, "", 1)

@@ -151,13 +151,14 @@ def draw_bench(report: Any) -> Any:
 
     figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(f"{report.device}, {report.dtype}, batch {report.batch}", parse_math=False)
+    title = f"{report.device}, {report.dtype}, batch {report.batch}, {report.cache} cache"
+    figure.suptitle(title, parse_math=False)
     contexts = [context.context for context in report.contexts]
     for side in ("source", "converted"):
         rates = [getattr(context.decode_tokens_per_second, side) for context in report.contexts]
         held = [getattr(context.cache_bytes, side) / 1e6 for context in report.contexts]
         for axes, values in ((left, rates), (right, held)):
-            axes.plot(contexts, values, marker="o", markersize=4, label=side)
+            axes.plot(contexts, values, marker="o", markersize=4, label=report.names[side])
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])

@@ -211,6 +211,10 @@ class BenchReport(BenchContext):
     """The result of `bench`; the field names are the JSON keys. What it inherits is of the longest context."""
 
     contexts: list[BenchContext]
+    names: dict[str, str]
+    """What `source` and `converted` are: these, or the attention implementations that one model was run with."""
+    cache: str
+    """"static" or "dynamic"."""
     batch: int
     new_tokens: int
     """Steps in a stretch."""

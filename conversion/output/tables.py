@@ -136,13 +136,13 @@ def bench_table(result: Any) -> str:
                 getattr(getattr(context, name), side)
                 for name in ("decode_ms_per_token", "spread", "decode_tokens_per_second", "cache_bytes")
             )
-            lines.append((length, side, f"{step:.3f}", f"{spread:.1%}", f"{rate:,.0f}", faster, size(held), smaller))
+            lines.append((length, result.names[side], f"{step:.3f}", f"{spread:.1%}", f"{rate:,.0f}", faster, size(held), smaller))
     widths = (-9, -11, 9, 9, 17, 9, 11, 9)  # negative: to the left
     table = "\n".join(
         "".join(f"{cell:{'<' if width < 0 else '>'}{abs(width)}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
-    return f"{result.device}, {result.dtype}, batch {result.batch}\n{table}"
+    return f"{result.device}, {result.dtype}, batch {result.batch}, {result.cache} cache\n{table}"
 
 
 def demo_table(result: Any) -> str:
