@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import MODEL, make_mla
-from test_native import native, read
+from native_models import native, read
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 
 import hf_mla

@@ -8,8 +8,8 @@ import sys
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
+from native_models import read
 from test_integration import counted_absorption, speak, train
-from test_native import read
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.distributed import DistributedConfig
 
