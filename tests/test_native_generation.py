@@ -8,7 +8,7 @@ import pytest
 import torch
 from native_models import IDS, PROMPT, REFUSED, TYPES, absorbing, greedy, native, read, said, ways
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 import hf_mla
 from hf_mla import MLACache, attention_mla
@@ -113,6 +113,37 @@ def test_quantized_by_generate():
     if "deepseek_v32" not in REFUSED:
         with pytest.raises(ValueError, match="it must be None for a model whose cache has a LatentDynamicIndexedLayer"):
             greedy(absorbing("deepseek_v32"), **settings)
+
+
+@pytest.mark.mode(
+    "The library's own MLA models, offloaded caches", since="5.15", costs="the latents of each layer cross the bus once a step"
+)
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "kimi_linear", "deepseek_v32"])
+def test_offloaded_caches(name, static, monkeypatch):
+    """Without a GPU the bus is a copy: a layer's latents never lie where they lay the step before."""
+    if name in REFUSED:
+        pytest.skip("not right in this Transformers")
+    before, model = native(name), absorbing(name)
+    moved = []
+    if not torch.cuda.is_available():
+
+        def offload(self):
+            moved.append(self)
+            if self.is_initialized:
+                self.keys, self.values = self.keys.clone(), self.values.clone()
+
+        monkeypatch.setattr(torch, "Stream", mock.MagicMock)
+        monkeypatch.setattr(torch.cuda, "default_stream", mock.MagicMock())
+        monkeypatch.setattr(CacheLayerMixin, "offload", offload)
+    else:
+        before, model = (copy.deepcopy(each).cuda() for each in (before, model))
+    settings = {"cache_implementation": "offloaded_static", "disable_compile": True} if static else {"cache_implementation": "offloaded"}
+    tokens, cache = greedy(model, **settings)
+    assert tokens == greedy(before, cache_implementation="static" if static else None)[0]
+    assert cache.offloading
+    if not torch.cuda.is_available():
+        assert len(moved) == 8 * sum(hasattr(module, "kv_b_proj") for module in model.modules())
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
