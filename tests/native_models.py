@@ -76,13 +76,13 @@ PADDED = torch.ones(2, LENGTH, dtype=torch.long)
 PADDED[0, :4] = 0
 
 
-def config_and_class(name):
+def config_and_class(name, **changes):
     """The configuration of a tiny model, and the class of the model."""
     if importlib.util.find_spec(f"transformers.models.{name}") is None:
         pytest.skip(f"this Transformers has no {name}")
     configs = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
     models = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-    settings = SHAPE | TYPES[name]
+    settings = SHAPE | TYPES[name] | changes
     if name == "longcat_flash":  # it has other names for these
         del settings["num_hidden_layers"], settings["intermediate_size"]
     if name in VISION:

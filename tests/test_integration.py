@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from conftest import MODEL, make_mla
-from native_models import native, read
+from native_models import config_and_class, native, read
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 
 import hf_mla
@@ -172,12 +172,25 @@ def test_native_tensor_parallel(together):
         assert together["native"]["absorbed"] == 3 * 6
 
 
+def assert_fully_sharded(result, model):
+    """It has trained as one process does, and says the same by steps, absorbed, as of all tokens at once."""
+    losses, _ = train(model)
+    assert result["layer"].startswith("FSDP")
+    assert losses[-1] < losses[0] - 1
+    torch.testing.assert_close(result["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert (result["logits"][0] - result["logits"][1]).abs().max() < 5e-5
+    assert result["absorbed"] == 6 * len(model.model.layers)
+
+
 @pytest.mark.mode("FSDP2 through Accelerate", since="5.15", costs="a layer's weights are gathered when it is called")
 def test_fully_sharded(saved, together):
-    losses, _ = train(copy.deepcopy(saved[0]))
-    assert together["fully sharded"]["layer"].startswith("FSDP")
-    assert losses[-1] < losses[0] - 1
-    torch.testing.assert_close(together["fully sharded"]["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert_fully_sharded(together["fully sharded"], copy.deepcopy(saved[0]))
+
+
+@pytest.mark.mode("The library's own MLA models, FSDP2 through Accelerate", since="5.15", costs="as for ours")
+def test_native_fully_sharded(together):
+    model = AutoModelForCausalLM.from_pretrained(together["native folder"])
+    assert_fully_sharded(together["native, fully sharded"], model)
 
 
 def quantization(kind):
@@ -209,6 +222,31 @@ def test_quantized_weights(kind, tmp_path):
     assert rounding > 0.01
     allowed = {"torchao int8": 1e-4, "bitsandbytes int8": rounding, "bitsandbytes nf4": 0.1}
     assert (decoded - prefill[:, 136:]).abs().max() < allowed[kind]
+
+
+@pytest.mark.mode(
+    "The library's own MLA models, weights quantized by bitsandbytes or torchao",
+    since="5.15",
+    costs="as for ours; not int8 of bitsandbytes, which the library's own attention does not stand",
+)
+@pytest.mark.parametrize("kind", ["torchao int8", "bitsandbytes nf4"])
+@torch.no_grad()
+def test_native_quantized_weights(kind, tmp_path):
+    """What is decoded over the latents is what the library's own attention says of the same quantized weights."""
+    shape = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    config, model_class = config_and_class("minicpm3", **shape, intermediate_size=128, vocab_size=128)
+    model = model_class._from_config(config)
+    model.save_pretrained(tmp_path)
+    options = {"quantization_config": quantization(kind), "device_map": "cpu", "dtype": torch.float32}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    sizes, logits = [64, *[1] * 8], []
+    for name in "sdpa", "hf_mla":
+        quantized.set_attn_implementation(name)
+        with counted_absorption() as absorbed:
+            logits.append(read(quantized, sizes, DynamicCache(config=config), ids=IDS))
+    assert absorbed.call_count == 3 * 8
+    assert (logits[0] - read(model, sizes, DynamicCache(config=config), ids=IDS)).abs().max() > 0.01
+    assert (logits[0] - logits[1]).abs().max() < {"torchao int8": 1e-4, "bitsandbytes nf4": 0.1}[kind]
 
 
 def save(model, tokenizer, folder):

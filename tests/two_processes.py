@@ -37,20 +37,24 @@ def native_tensor_parallel(folder):
         return {"logits": read(model, [16, 1, 1, 1, 1, 1, 1], DynamicCache(config=model.config)), "absorbed": absorbed.call_count}
 
 
-def fully_sharded(folder):
-    """Losses of a few steps on half of the batch each."""
+def fully_sharded(folder, **options):
+    """Losses of a few steps on half of the batch each; then the logits of tokens that are read at once and by steps."""
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # Accelerate itself chooses FSDP on GPUs only; what it then does needs none.
     accelerator.state._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    losses, model = train(AutoModelForCausalLM.from_pretrained(folder), accelerator)
-    return {"losses": losses, "layer": type(model.model.layers[0]).__name__}
+    losses, model = train(AutoModelForCausalLM.from_pretrained(folder, **options), accelerator)
+    model.eval()
+    with counted_absorption() as absorbed:
+        logits = [read(model, sizes, DynamicCache(config=model.config)) for sizes in ([22], [16, 1, 1, 1, 1, 1, 1])]
+    return {"losses": losses, "layer": type(model.model.layers[0]).__name__, "logits": logits, "absorbed": absorbed.call_count}
 
 
 if __name__ == "__main__":
     folder, native, file = sys.argv[1:]
     results = {"tensor parallel": tensor_parallel(folder), "fully sharded": fully_sharded(folder)}
     results["native"] = native_tensor_parallel(native)
+    results["native, fully sharded"] = fully_sharded(native, attn_implementation="hf_mla")
     if torch.distributed.get_rank() == 0:
         torch.save(results, file)
     torch.distributed.destroy_process_group()
