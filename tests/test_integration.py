@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import accelerate
 import pytest
@@ -14,50 +13,20 @@ import transformers
 from conftest import MODEL, make_mla
 from native_models import config_and_class, native, read
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
+from two_processes import IDS, counted_absorption, speak, train
 
 import hf_mla
-from hf_mla import attention_mla, cache_of
+from hf_mla import cache_of
 from hf_mla.configuration_mla import release
 
 
 EXACT_NORMS = {"num_key_norms": 2, "kv_lora_rank": 16, "vocab_size": 96}
-IDS = torch.randint(1, 96, (2, 72), generator=torch.Generator().manual_seed(0))
-
-
-def counted_absorption():
-    """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention)
-
-
-@torch.no_grad()
-def speak(model, ids=IDS, prompt=64):
-    """The logits of all tokens at once, of the last ones token by token, and what is generated."""
-    cache = cache_of(model(ids[:, :prompt]))
-    decoded = [model(part, cache=cache).logits for part in ids[:, prompt:].split(1, dim=1)]
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    return model(ids).logits, torch.cat(decoded, dim=1), tokens
 
 
 def assert_same_speech(one, other, error=1e-5):
     assert (one[0] - other[0]).abs().max() < error
     assert (one[1] - other[1]).abs().max() < error
     assert torch.equal(one[2], other[2])
-
-
-def train(model, accelerator=None):
-    """Losses of a few steps over a batch of 4, of which each process has its share."""
-    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.arange(1, 49).view(4, 12)
-    if accelerator is not None:
-        model, optimizer = accelerator.prepare(model, optimizer)
-        ids = ids.chunk(accelerator.num_processes)[accelerator.process_index]
-    losses = []
-    for _ in range(4):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach() if accelerator is None else accelerator.reduce(loss.detach(), "mean"))
-    return torch.stack(losses), model
 
 
 @pytest.fixture(scope="module")

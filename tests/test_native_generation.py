@@ -138,7 +138,9 @@ def test_offloaded_caches(name, static, monkeypatch):
         monkeypatch.setattr(CacheLayerMixin, "offload", offload)
     else:
         before, model = (copy.deepcopy(each).cuda() for each in (before, model))
-    settings = {"cache_implementation": "offloaded_static", "disable_compile": True} if static else {"cache_implementation": "offloaded"}
+    settings = (
+        {"cache_implementation": "offloaded_static", "disable_compile": True} if static else {"cache_implementation": "offloaded"}
+    )
     tokens, cache = greedy(model, **settings)
     assert tokens == greedy(before, cache_implementation="static" if static else None)[0]
     assert cache.offloading
