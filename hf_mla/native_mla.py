@@ -12,9 +12,10 @@ Between the two calls they read nothing of `key` but its length. So no forward i
   them after all and calls the implementation below, the *base*: "hf_mla" stands on what the library would take by itself, and
   "hf_mla|flash_attention_2" on that. `set_attn_implementation` with any other name undoes it.
 
-Three methods of the library learn our name: the one that checks names, which prepares the classes and refuses models without MLA, the
-one with which `generate` makes its cache, which then appends in place as for our own models, and the one with which `generate_batch`
-begins, which then makes pages of latents. Nothing else is touched: weights, state dict and what is saved are the library's. Notation as in `attention_mla.py`. This file stays with the package.
+Three methods of the library learn our name: the one that checks names, which prepares the classes and refuses models without MLA;
+the one with which `generate` makes its cache, which then appends in place as for our own models; and the one with which
+`generate_batch` begins, which then makes pages of latents. Nothing else is touched: weights, state dict and what is saved are the
+library's. Notation as in `attention_mla.py`. This file stays with the package.
 """
 
 import functools

@@ -138,11 +138,9 @@ def test_offloaded_caches(name, static, monkeypatch):
         monkeypatch.setattr(CacheLayerMixin, "offload", offload)
     else:
         before, model = (copy.deepcopy(each).cuda() for each in (before, model))
-    settings = (
-        {"cache_implementation": "offloaded_static", "disable_compile": True} if static else {"cache_implementation": "offloaded"}
-    )
-    tokens, cache = greedy(model, **settings)
-    assert tokens == greedy(before, cache_implementation="static" if static else None)[0]
+    kind = "static" if static else "dynamic"
+    tokens, cache = greedy(model, cache_implementation="offloaded_static" if static else "offloaded", disable_compile=True)
+    assert tokens == greedy(before, cache_implementation=kind, disable_compile=True)[0]
     assert cache.offloading
     if not torch.cuda.is_available():
         assert len(moved) == 8 * sum(hasattr(module, "kv_b_proj") for module in model.modules())
