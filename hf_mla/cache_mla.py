@@ -414,7 +414,7 @@ class LatentPages(PagedAttentionCache):
 
 @contextlib.contextmanager
 def configured(model: Any, **changes: Any) -> Iterator[None]:
-    """Within this, a model shows a changed copy of its text's configuration, which who takes it keeps; its modules have their own."""
+    """Within this, a model shows a changed copy of its text's configuration; its modules have theirs."""
     given, model.config = model.config, copy.copy(model.config.get_text_config(decoder=True))
     for name, value in changes.items():
         setattr(model.config, name, value)

@@ -170,7 +170,7 @@ class MLAAttention(nn.Module):
         cache = past_key_values if cache is None else cache
         # By what it is, for the names differ between versions; and whoever traces this module gives neither.
         paged = isinstance(cache, PagedAttentionCache)
-        if paged or isinstance(cache, Cache):
+        if isinstance(cache, (Cache, PagedAttentionCache)):
             latent = torch.cat(parts, dim=-1)
             where = {"kwargs": kwargs} if paged else {}  # to write and read; updated in place
             latent, rest = cache.update(latent, latent[..., :0], self.layer_idx, **where)  # [B, 1, S, R + P + g], or codes

@@ -167,7 +167,8 @@ def said(name):
 
 def greedy(model, **settings):
     """What is generated of two prompts, one of them left-padded, and the cache."""
-    ids = IDS[:, :PROMPT].masked_fill(PADDED[:, :PROMPT] == 0, 0)
+    mask = PADDED[:, :PROMPT].to(model.device)
+    ids = IDS[:, :PROMPT].to(model.device).masked_fill(mask == 0, 0)
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False} | settings
-    outputs = model.generate(ids, attention_mask=PADDED[:, :PROMPT], return_dict_in_generate=True, **settings)
+    outputs = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
     return outputs.sequences.tolist(), cache_of(outputs)
