@@ -47,6 +47,9 @@ TYPES = {
     | {"layer_types": ["linear_attention", "full_attention", "full_attention"]},
     "glm_moe_dsa": SPARSE | SHARED,
     "hy_v4": SPARSE | SHARED | {"head_dim": 20, "learnable_sink_init": 0.7},
+    "hy_v4_vl": SPARSE
+    | SHARED
+    | {"head_dim": 20, "learnable_sink_init": 0.7, "rope_parameters": YARN | {"mrope_section": [2, 1, 1]}},
     "kimi_linear": LOCAL
     | LINEAR
     | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
@@ -65,6 +68,8 @@ TYPES = {
 VISION = {
     "glm5_next": {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 16}
     | {"projection_intermediate_size": 16},
+    "hy_v4_vl": {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "out_hidden_size": 64}
+    | {"intermediate_size": 16},
     "mistral_large4": {"model_type": "pixtral", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     | {"intermediate_size": 16, "head_dim": 8},
 }  # fmt: skip

@@ -2,12 +2,14 @@
 
 import copy
 import importlib.util
+import re
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import transformers
-from conftest import make_mla
+from conftest import MODEL, make_mla
 from native_models import IDS, LENGTH, PADDED, PROMPT, REFUSED, TYPES, absorbing, config_and_class, greedy, native, read, said, ways
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -17,6 +19,7 @@ import hf_mla
 from hf_mla import attention_mla, cache_of
 from hf_mla.attention_mla import absorbed_attention
 from hf_mla.cache_mla import CACHE_NAME
+from hf_mla.configuration_mla import release
 
 
 @pytest.mark.mode(
@@ -132,6 +135,29 @@ def test_saved_as_ever(tmp_path):
     )
     assert loaded.config._attn_implementation == "hf_mla"
     assert greedy(loaded)[0] == greedy(model)[0]
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_readme_lists_the_types():
+    rows = re.findall(r"^\| (5\.\d+) \| (`.*`) \|$", README, re.MULTILINE)
+    since = {name: release(version) for version, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert sorted(since) == sorted(TYPES)
+    for name, version in since.items():
+        here = importlib.util.find_spec(f"transformers.models.{name}") is not None and name not in REFUSED
+        assert here == (version <= release(transformers.__version__)), name
+
+
+def test_readme_example(tmp_path, capsys):
+    (example,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "hf_mla" in code and "DeepSeek" in code)
+    config, model_class = config_and_class("deepseek_v2", vocab_size=4096)
+    model_class._from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)
+    with mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention) as absorbed:
+        exec(example.replace("deepseek-ai/DeepSeek-V2-Lite", str(tmp_path)))
+    assert capsys.readouterr().out.startswith("The captain looked at the sea and")
+    assert absorbed.call_count > 0
 
 
 REFUSAL = "LlamaForCausalLM is no MLA model of Transformers; attn_implementation='hf_mla' is for these alone"
