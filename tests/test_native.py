@@ -204,6 +204,7 @@ def test_vision_stays_as_it_is():
     assert torch.equal(vision(pixels[0], image_sizes=torch.tensor(pixels[1])).last_hidden_state, expected)
 
 
+@pytest.mark.mode("The library's own MLA models, training and gradient checkpointing", since="5.15", costs="none: it is the base's")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_takes_the_base(checkpointing):
     """Gradients are those of the library's model; nothing is absorbed."""
@@ -219,6 +220,7 @@ def test_training_takes_the_base(checkpointing):
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
+@pytest.mark.mode("The library's own MLA models, compiled decoding", since="5.15", costs="as for ours")
 @torch.no_grad()
 def test_one_graph():
     """A decode step over a static cache is one graph, and says what it says uncompiled."""

@@ -146,6 +146,7 @@ def test_offloaded_caches(name, static, monkeypatch):
         assert len(moved) == 8 * sum(hasattr(module, "kv_b_proj") for module in model.modules())
 
 
+@pytest.mark.mode("The library's own MLA models, adapters (LoRA, DoRA)", since="5.15", costs="`kv_b_proj` by identity push")
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_adapters_on_kv_b_proj(dora):
     peft = pytest.importorskip("peft")
