@@ -23,17 +23,18 @@ PREFIX = list(range(20, 60))
 PROMPTS = [PREFIX + [61, 62], PREFIX + [71, 72, 73], [5, 6, 7], list(range(11, 90))]  # a shared beginning, short, long
 
 
-def settings(**changes):
+def settings(tokens=24, **changes):
     """Greedy, and no token ends a sequence: all are of the same length."""
-    return GenerationConfig(max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0, **changes)
+    return GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, **changes)
 
 
-def expected(model, prompts):
+def expected(model, prompts, tokens=24):
     """What `generate` makes of each prompt alone, by recomputing all keys and values at every step."""
-    return [model.generate(torch.tensor([p]), generation_config=settings(use_cache=False))[0, len(p) :].tolist() for p in prompts]
+    config = settings(tokens, use_cache=False)
+    return [model.generate(torch.tensor([prompt]), generation_config=config)[0, len(prompt) :].tolist() for prompt in prompts]
 
 
-def batched(model, prompts, monkeypatch):
+def batched(model, prompts, monkeypatch, tokens=24):
     """What `generate_batch` makes of all prompts, and the numbers that a token takes in the pages of each layer."""
     from transformers.generation.continuous_batching import cache as paging
 
@@ -50,7 +51,7 @@ def batched(model, prompts, monkeypatch):
     monkeypatch.setattr(gc, "collect", lambda: None)  # which the library does twice, and takes longer than all else
     config = ContinuousBatchingConfig(num_blocks=16, page_size=16, max_batch_tokens=64)  # the long prompt comes in chunks
     outputs = model.generate_batch(
-        inputs=prompts, generation_config=settings(), continuous_batching_config=config, progress_bar=False, warmup=False
+        inputs=prompts, generation_config=settings(tokens), continuous_batching_config=config, progress_bar=False, warmup=False
     )
     results = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
     return [results[tuple(prompt)] for prompt in prompts], sizes
@@ -146,11 +147,11 @@ def test_the_decode_kernel_in_a_batch(kind, monkeypatch):
         model, before = (copy.deepcopy(each).float() for each in (absorbing("minicpm3"), native("minicpm3")))
     else:
         model = before = make_mla(kind, **{"Mistral": {"sliding_window": 32}, "Qwen3": {"num_key_norms": 2}}[kind])
-    right = expected(before, PROMPTS[1:3])
+    right = expected(before, PROMPTS[1:3], tokens=8)
     kernel = mock.Mock(wraps=decode_triton.latent_decode)
     monkeypatch.setattr(attention_mla, "latent_decode", kernel)
     monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_: True)
-    assert batched(model, PROMPTS[1:3], monkeypatch)[0] == right
+    assert batched(model, PROMPTS[1:3], monkeypatch, tokens=8)[0] == right
     shapes = {call.args[0].shape[:3] for call in kernel.call_args_list}
     assert (2, 4, 1) in shapes  # two requests, each a sequence of its own
 

@@ -224,7 +224,8 @@ def test_training_takes_the_base(checkpointing):
 @torch.no_grad()
 def test_one_graph():
     """A decode step over a static cache is one graph, and says what it says uncompiled."""
-    model = absorbing("minicpm3")
+    model = copy.deepcopy(absorbing("minicpm3"))
+    del model.model.layers[2:]  # as many as it takes to share something
     expected = read(model, [PROMPT, 1, 1, 1], StaticCache(model.config, max_cache_len=40))
     cache = StaticCache(model.config, max_cache_len=40)
     read(model, [PROMPT], cache)

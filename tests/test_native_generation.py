@@ -142,6 +142,7 @@ def test_offloaded_caches(name, static, monkeypatch):
     tokens, cache = greedy(model, cache_implementation="offloaded_static" if static else "offloaded", disable_compile=True)
     assert tokens == greedy(before, cache_implementation=kind, disable_compile=True)[0]
     assert cache.offloading
+    assert all(buffer.tensor is None for layer in cache.layers for buffer in getattr(layer, "buffers", []))  # none stays behind
     if not torch.cuda.is_available():
         assert len(moved) == 8 * sum(hasattr(module, "kv_b_proj") for module in model.modules())
 
