@@ -141,12 +141,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def test_readme_lists_the_types():
+    """All that this Transformers has; a newer one may have more."""
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    known = {file.parent.name for file in files if "def expand_kv(" in file.read_text(encoding="utf-8")}
     rows = re.findall(r"^\| (5\.\d+) \| (`.*`) \|$", README, re.MULTILINE)
     since = {name: release(version) for version, names in rows for name in re.findall(r"`(\w+)`", names)}
     assert sorted(since) == sorted(TYPES)
-    for name, version in since.items():
-        here = importlib.util.find_spec(f"transformers.models.{name}") is not None and name not in REFUSED
-        assert here == (version <= release(transformers.__version__)), name
+    assert {name for name, version in since.items() if version <= release(transformers.__version__)} == known - REFUSED
 
 
 def test_readme_example(tmp_path, capsys):
