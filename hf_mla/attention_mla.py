@@ -255,6 +255,7 @@ def absorbed_attention(
             assert attention_mask is not None
             attention_mask = attention_mask.transpose(0, 2) >= 0  # [T, 1, 1, S]; it is additive
             latent = latent.expand(tokens, -1, -1, -1)
+            rest = None if rest is None else rest.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
         tensors = query, codes[:, 0], beside[:, 0]
         context = latent_decode(*tensors, rank, scaling, attention_mask, attended, num_key_norms, sinks=sinks)

@@ -114,22 +114,6 @@ class MLAAttention(nn.Module):
         key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_nope_head_dim))  # [B, T, g, N]
         return inverse_rms(key, self.qk_norm_eps).to(key.dtype).squeeze(-1).unsqueeze(1)
 
-    def update_pages(self, paged: Any, latent: torch.Tensor, kwargs: dict) -> torch.Tensor:
-        """Append to the cache of continuous batching, which holds a key and a value of equal width: half a latent each.
-
-        Args:
-            paged: Transformers' `PagedAttentionCache`.
-            latent: [1, 1, T, R + P + g], packed latents of the new tokens of all requests.
-            kwargs: what the attention is called with: where to write and read; updated in place.
-
-        Returns:
-            [1, 1, S, R + P + g], the packed latents of all tokens of all requests.
-        """
-        width = latent.shape[-1]
-        key, value = nn.functional.pad(latent, [0, width % 2]).chunk(2, dim=-1)
-        key, value = paged.update(key_states=key, value_states=value, layer_idx=self.layer_idx, kwargs=kwargs)
-        return torch.cat([key, value], dim=-1)[..., :width]
-
     def value_padding(self) -> int:
         """How many zeros to append to each value for the attention function, and to cut off its output.
 
@@ -186,11 +170,10 @@ class MLAAttention(nn.Module):
         cache = past_key_values if cache is None else cache
         # By what it is, for the names differ between versions; and whoever traces this module gives neither.
         paged = isinstance(cache, PagedAttentionCache)
-        if paged:
-            latent = self.update_pages(cache, torch.cat(parts, dim=-1), kwargs)  # [1, 1, S, R + P + g]
-        elif isinstance(cache, Cache):
+        if isinstance(cache, (Cache, PagedAttentionCache)):
             latent = torch.cat(parts, dim=-1)
-            latent, rest = cache.update(latent, latent[..., :0], self.layer_idx)  # [B, 1, S, R + P + g], or codes
+            where = {"kwargs": kwargs} if paged else {}  # to write and read; updated in place
+            latent, rest = cache.update(latent, latent[..., :0], self.layer_idx, **where)  # [B, 1, S, R + P + g], or codes
             rest = rest if rest.shape[-1] else None  # of a quantized cache
 
         # Where flash reads pages, `latent` may hold tokens that only the kernel knows to leave out.

@@ -8,13 +8,12 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
-import math
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -36,8 +35,8 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from .cache_mla import CACHE_NAME, prepare_latent_cache
-from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, release
+from .cache_mla import CACHE_NAME, prepare_latent_cache, prepare_latent_pages
+from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig
 from .layer_mla import MLAAttention
 
 
@@ -52,24 +51,8 @@ class LatentCacheGenerationMixin(GenerationMixin):
 
     def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers; the pages hold `kv_floats_per_token_per_layer` numbers a token (rounded up to an even one)."""
-        if release(transformers_version) < (5, 19):
-            raise NotImplementedError(
-                f"Continuous batching of models with MLA needs Transformers 5.19 or newer; this is {transformers_version}."
-            )
-        manager: Any = super().init_continuous_batching(*args, **kwargs)
-        manager.continuous_batching_config.max_blocks_per_request = 0  # flash would write keys and values to the pages by itself
-        create, config = type(manager)._create_batch_processor, self.config
-
-        def create_with_latents() -> Any:
-            shape = config.num_key_value_heads, config.head_dim
-            config.num_key_value_heads, config.head_dim = 1, math.ceil(config.kv_floats_per_token_per_layer / 2)
-            try:
-                return create(manager)  # of the class: the library hands out a manager that it kept again, wrapped already
-            finally:
-                config.num_key_value_heads, config.head_dim = shape
-
-        manager._create_batch_processor = create_with_latents
-        return manager
+        prepare = functools.partial(super().init_continuous_batching, *args, **kwargs)
+        return prepare_latent_pages(prepare, self, self.config.kv_floats_per_token_per_layer)
 
 
 class MLAPreTrainedModelMixin:

@@ -12,9 +12,10 @@ Between the two calls they read nothing of `key` but its length. So no forward i
   them after all and calls the implementation below, the *base*: "hf_mla" stands on what the library would take by itself, and
   "hf_mla|flash_attention_2" on that. `set_attn_implementation` with any other name undoes it.
 
-Two methods of the library learn our name: the one that checks names, which prepares the classes and refuses models without MLA, and
-the one with which `generate` makes its cache, which then appends in place as for our own models. Nothing else is touched: weights,
-state dict and what is saved are the library's. Notation as in `attention_mla.py`. This file stays with the package.
+Three methods of the library learn our name: the one that checks names, which prepares the classes and refuses models without MLA;
+the one with which `generate` makes its cache, which then appends in place as for our own models; and the one with which
+`generate_batch` begins, which then makes pages of latents. Nothing else is touched: weights, state dict and what is saved are the
+library's. Notation as in `attention_mla.py`. This file stays with the package.
 """
 
 import functools
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mla import absorb_if_cheaper, is_quantized
-from .cache_mla import dequantize, prepare_latent_cache
+from .cache_mla import configured, dequantize, prepare_latent_cache, prepare_latent_pages
 from .configuration_mla import release
 
 
@@ -153,6 +155,7 @@ def attend(
     indices: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
     attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function.
@@ -167,6 +170,7 @@ def attend(
         indices: [B, T, K], the tokens that the indexer of a sparse model has picked for each new one; no others are attended to.
         s_aux: [H], sinks: see `absorbed_attention`.
         attended_ranges: see `absorb_if_cheaper`.
+        cache: the pages of continuous batching, which before Transformers 5.24 no module appends to by itself.
         **kwargs: passed on to the base.
 
     Returns:
@@ -174,19 +178,26 @@ def attend(
     """
     base = base_of(module.config._attn_implementation) or "sdpa"
     expand_kv = getattr(getattr(type(module), "expand_kv", None), "__wrapped__", None)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx, kwargs)
     if expand_kv is not None:
         latent, rest = key, value
+        paged = "write_index" in kwargs
         if indices is not None:
             # The eager base is for weights of all tokens, but models with sinks know no other.
             gather = base != "eager" or s_aux is not None
             latent, rest, attention_mask = pick(latent, rest, attention_mask, indices, gather)
         q_nope, q_rope = query.split([module.qk_nope_head_dim, module.qk_rope_head_dim], dim=-1)
         assert scaling is not None
-        absorbed = absorb_if_cheaper(
-            *(module, q_nope, q_rope, latent, rest, attention_mask, scaling), attended_ranges=attended_ranges, sinks=s_aux
-        )
-        if absorbed is not None:
-            return absorbed
+        if not paged or attention_mask is not None:  # flash alone knows which tokens of the pages belong to which request
+            absorbed = absorb_if_cheaper(
+                *(module, q_nope, q_rope, latent, rest, attention_mask, scaling),
+                packed=paged,
+                attended_ranges=attended_ranges,
+                sinks=s_aux,
+            )
+            if absorbed is not None:
+                return absorbed
         if is_quantized(latent):
             latent, rest = dequantize(latent, rest).split([module.kv_lora_rank, module.qk_rope_head_dim], dim=-1)
         key, value = expand_kv(module, latent, rest)
@@ -234,6 +245,7 @@ def register() -> None:
     generation: Any = GenerationMixin
     check = models._check_and_adjust_attn_implementation
     make_cache = generation._prepare_cache_for_generation
+    begin_batching = generation.init_continuous_batching
 
     @functools.wraps(check)
     def check_and_adjust(self: Any, attn_implementation: Any, *args: Any, **kwargs: Any) -> str:
@@ -251,8 +263,28 @@ def register() -> None:
             return make(generation_config, model_kwargs, *args)
         return prepare_latent_cache(make, text, generation_config, model_kwargs, *args)
 
+    @functools.wraps(begin_batching)
+    def begin(self: Any, *args: Any, **kwargs: Any) -> Any:
+        text = text_config(self.config)
+        base = base_of(text._attn_implementation)
+        if base is None:
+            return begin_batching(self, *args, **kwargs)
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=text).layers):
+            raise NotImplementedError(
+                f"{type(self).__name__} caches more than latents, and the pages of generate_batch cannot hold that: use generate."
+            )
+        # The library takes few names. This one means that masks are wanted, and keeps it from choosing FlashAttention by itself.
+        change = {"_attn_implementation": base if "flash" in base else "paged|eager"}
+
+        def make() -> Any:
+            with configured(self, **change):
+                return begin_batching(self, *args, **kwargs)
+
+        return prepare_latent_pages(make, self, text.kv_lora_rank + text.qk_rope_head_dim, **change)
+
     models._check_and_adjust_attn_implementation = check_and_adjust
     generation._prepare_cache_for_generation = prepare_cache
+    generation.init_continuous_batching = begin
     named("sdpa")
     named("eager")
 

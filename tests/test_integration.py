@@ -5,59 +5,28 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import accelerate
 import pytest
 import torch
 import transformers
 from conftest import MODEL, make_mla
-from test_native import native, read
+from native_models import config_and_class, native, read
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
+from two_processes import IDS, counted_absorption, speak, train
 
 import hf_mla
-from hf_mla import attention_mla, cache_of
+from hf_mla import cache_of
 from hf_mla.configuration_mla import release
 
 
 EXACT_NORMS = {"num_key_norms": 2, "kv_lora_rank": 16, "vocab_size": 96}
-IDS = torch.randint(1, 96, (2, 72), generator=torch.Generator().manual_seed(0))
-
-
-def counted_absorption():
-    """Within this, the calls of absorbed attention are counted."""
-    return mock.patch.object(attention_mla, "absorbed_attention", wraps=attention_mla.absorbed_attention)
-
-
-@torch.no_grad()
-def speak(model, ids=IDS, prompt=64):
-    """The logits of all tokens at once, of the last ones token by token, and what is generated."""
-    cache = cache_of(model(ids[:, :prompt]))
-    decoded = [model(part, cache=cache).logits for part in ids[:, prompt:].split(1, dim=1)]
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
-    return model(ids).logits, torch.cat(decoded, dim=1), tokens
 
 
 def assert_same_speech(one, other, error=1e-5):
     assert (one[0] - other[0]).abs().max() < error
     assert (one[1] - other[1]).abs().max() < error
     assert torch.equal(one[2], other[2])
-
-
-def train(model, accelerator=None):
-    """Losses of a few steps over a batch of 4, of which each process has its share."""
-    optimizer, ids = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.arange(1, 49).view(4, 12)
-    if accelerator is not None:
-        model, optimizer = accelerator.prepare(model, optimizer)
-        ids = ids.chunk(accelerator.num_processes)[accelerator.process_index]
-    losses = []
-    for _ in range(4):
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach() if accelerator is None else accelerator.reduce(loss.detach(), "mean"))
-    return torch.stack(losses), model
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +107,8 @@ def together(saved, tmp_path_factory):
     file, other = (tmp_path_factory.mktemp("together") / name for name in ("results.pt", "native"))
     copy.deepcopy(native("minicpm3")).float().save_pretrained(other)
     script = Path(__file__).with_name("two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(saved[1]), str(other), str(file)], env=environment, capture_output=True, text=True)
+    command = [sys.executable, str(script), str(saved[1]), str(other), str(file)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(file) | {"native folder": other}
 
@@ -172,12 +140,25 @@ def test_native_tensor_parallel(together):
         assert together["native"]["absorbed"] == 3 * 6
 
 
+def assert_fully_sharded(result, model):
+    """It has trained as one process does, and says the same by steps, absorbed, as of all tokens at once."""
+    losses, _ = train(model)
+    assert result["layer"].startswith("FSDP")
+    assert losses[-1] < losses[0] - 1
+    torch.testing.assert_close(result["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert (result["logits"][0] - result["logits"][1]).abs().max() < 5e-5
+    assert result["absorbed"] == 6 * len(model.model.layers)
+
+
 @pytest.mark.mode("FSDP2 through Accelerate", since="5.15", costs="a layer's weights are gathered when it is called")
 def test_fully_sharded(saved, together):
-    losses, _ = train(copy.deepcopy(saved[0]))
-    assert together["fully sharded"]["layer"].startswith("FSDP")
-    assert losses[-1] < losses[0] - 1
-    torch.testing.assert_close(together["fully sharded"]["losses"], losses, atol=1e-4, rtol=1e-4)
+    assert_fully_sharded(together["fully sharded"], copy.deepcopy(saved[0]))
+
+
+@pytest.mark.mode("The library's own MLA models, FSDP2 through Accelerate", since="5.15", costs="as for ours")
+def test_native_fully_sharded(together):
+    model = AutoModelForCausalLM.from_pretrained(together["native folder"])
+    assert_fully_sharded(together["native, fully sharded"], model)
 
 
 def quantization(kind):
@@ -209,6 +190,31 @@ def test_quantized_weights(kind, tmp_path):
     assert rounding > 0.01
     allowed = {"torchao int8": 1e-4, "bitsandbytes int8": rounding, "bitsandbytes nf4": 0.1}
     assert (decoded - prefill[:, 136:]).abs().max() < allowed[kind]
+
+
+@pytest.mark.mode(
+    "The library's own MLA models, weights quantized by bitsandbytes or torchao",
+    since="5.15",
+    costs="as for ours; not int8 of bitsandbytes, which the library's own attention does not stand",
+)
+@pytest.mark.parametrize("kind", ["torchao int8", "bitsandbytes nf4"])
+@torch.no_grad()
+def test_native_quantized_weights(kind, tmp_path):
+    """What is decoded over the latents is what the library's own attention says of the same quantized weights."""
+    shape = {"kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    config, model_class = config_and_class("minicpm3", **shape, intermediate_size=128, vocab_size=128)
+    model = model_class._from_config(config)
+    model.save_pretrained(tmp_path)
+    options = {"quantization_config": quantization(kind), "device_map": "cpu", "dtype": torch.float32}
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    sizes, logits = [64, *[1] * 8], []
+    for name in "sdpa", "hf_mla":
+        quantized.set_attn_implementation(name)
+        with counted_absorption() as absorbed:
+            logits.append(read(quantized, sizes, DynamicCache(config=config), ids=IDS))
+    assert absorbed.call_count == 3 * 8
+    assert (logits[0] - read(model, sizes, DynamicCache(config=config), ids=IDS)).abs().max() > 0.01
+    assert (logits[0] - logits[1]).abs().max() < {"torchao int8": 1e-4, "bitsandbytes nf4": 0.1}[kind]
 
 
 def save(model, tokenizer, folder):
