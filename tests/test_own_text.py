@@ -29,6 +29,7 @@ from hf_mla_conversion.source.own_text import Scribe, chat_scripts, own_windows,
 from hf_mla_conversion.source.text import read_text, token_windows
 
 
+ON_GPU = torch.cuda.is_available()
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 SIZES = {"kv_lora_rank": 12, "qk_rope_head_dim": 8, "device": "cpu"}
 
@@ -72,12 +73,14 @@ def test_turns_follow_each_other_and_texts_begin_anew():
     assert {free[0], free[13], free[31]}.isdisjoint(tokenizer.all_special_ids)
 
 
-def test_without_chance_it_writes_what_the_library_generates(source, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not ON_GPU, reason="needs a GPU"))])
+def test_without_chance_it_writes_what_the_library_generates(source, monkeypatch, device):
     monkeypatch.setattr(own_text, "draw", lambda logits, _generator: logits.argmax(-1))
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    monkeypatch.setattr(own_text, "BLOCK", 16)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source).to(device), AutoTokenizer.from_pretrained(source)
     ids = write_text(model, tokenizer, 4, 24, seed=3)
     for row in ids:
-        expected = model.generate(row[None, :1], max_new_tokens=23, do_sample=False, eos_token_id=None)[0]
+        expected = model.generate(row[None, :1].to(device), max_new_tokens=23, do_sample=False, eos_token_id=None)[0]
         stop = (expected == model.config.eos_token_id).nonzero().flatten().tolist() or [24]
         assert row[: stop[0]].tolist() == expected[: stop[0]].tolist()
     assert len({row[0].item() for row in ids}) == 4
