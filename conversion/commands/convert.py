@@ -34,7 +34,19 @@ from ..source.matching import ModelCheckpoint, match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
-from ..stages.end_to_end import EVALUATIONS, RATES, STEP_TOKENS, Training, batches, distil, history, memory, write_trained
+from ..stages.end_to_end import (
+    EVALUATIONS,
+    RATES,
+    STEP_TOKENS,
+    TIMES_READ,
+    Training,
+    batches,
+    distil,
+    history,
+    memory,
+    tokens_of_each,
+    write_trained,
+)
 from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
@@ -46,7 +58,6 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
 HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
-TIMES_READ = 2  # by the end-to-end stage, if the texts are long enough; what is read more often is learnt by heart
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -150,8 +161,7 @@ def convert(
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     share = tokens // len(names)
-    different = heal_tokens // TIMES_READ
-    own = max(share, different) if OWN_TEXT in names else 0  # at most
+    own = max(share, heal_tokens // TIMES_READ) if OWN_TEXT in names else 0  # at most
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, own)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
@@ -162,13 +172,14 @@ def convert(
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
-    read = max(share, different // len(names))
+    read = max(share, heal_tokens // len(names))
     texts = {
         name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
         for name in names
         if name != OWN_TEXT
     }
-    own = max(share, different - sum(windows.numel() for windows in texts.values()))  # the more, the shorter the others are
+    trained_on = tokens_of_each([*(windows.numel() for windows in texts.values()), math.inf], heal_tokens)
+    own = max(share, trained_on[-1] // TIMES_READ)  # the more, the shorter the others are
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
@@ -360,12 +371,14 @@ def end_to_end(
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
     source, window = job.checkpoint, job.windows.shape[1]
-    windows = torch.cat([job.windows[torch.cat(job.train)], job.more])
-    if processes.is_main_process and (times := round(tokens / windows.numel())) > TIMES_READ:
+    texts = [torch.cat([job.windows[places], more]) for places, more in zip(job.train, job.more, strict=True)]
+    parts = tokens_of_each([text.numel() for text in texts], tokens)
+    windows = torch.cat([text[torch.arange(max(1, part // window)) % len(text)] for text, part in zip(texts, parts, strict=True)])
+    if processes.is_main_process and (times := round(tokens / sum(text.numel() for text in texts))) > TIMES_READ:
         logger.warning(
             "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
             "more text or fewer --heal-tokens may give more",
-            f"{windows.numel():,}",
+            f"{sum(text.numel() for text in texts):,}",
             f"{times:,}",
         )
     step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())

@@ -28,11 +28,13 @@ from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
 from ..source.loading import compute_dtype, load_model
 
 
-RATES = {"lora": 1e-3, "attention": 1e-3, "all": 5e-4}
+RATES = {"lora": 1e-3, "attention": 1e-3, "all": 2.5e-4}
 LORA_RANK = 16
 STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
+TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
+MOST_READ = 8  # the text that is too short beside others, for the sake of variety
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
 
 
@@ -72,6 +74,22 @@ def batches(tokens: int, window: int, device: torch.device, processes: int) -> t
     share = max(1, tokens // window // processes)
     micro = min(share, max(1, MICRO_TOKENS[device.type] // window))
     return micro, round(share / micro)
+
+
+def tokens_of_each(lengths: list[float], tokens: int) -> list[int]:
+    """How many tokens to train on of each text: as evenly as can be, none more than `MOST_READ` times.
+
+    Args:
+        lengths: tokens that the texts have.
+        tokens: to train on.
+
+    Returns:
+        Tokens of each; together fewer if all texts are too short.
+    """
+    result = [0] * len(lengths)
+    for done, place in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
+        result[place] = int(min((tokens - sum(result)) // (len(lengths) - done), MOST_READ * lengths[place]))
+    return result
 
 
 def distil(

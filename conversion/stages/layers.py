@@ -97,13 +97,13 @@ class Job:
         count = max(2, tokens // window)
         cut = {name: windows[:, : windows.shape[1] // window * window].reshape(-1, window) for name, windows in texts.items()}
         self.texts = {name: windows[:count] for name, windows in cut.items()}
-        self.more = torch.cat([windows[count:] for windows in cut.values()])
+        self.more = [windows[count:] for windows in cut.values()]
         self.split(window)
 
     def split(self, window: int) -> None:
         """Cut the calibration windows into shorter ones, and say what each is for."""
         self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
-        self.more = self.more.reshape(-1, window)
+        self.more = [windows.reshape(-1, window) for windows in self.more]
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
