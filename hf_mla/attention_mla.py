@@ -75,12 +75,10 @@ def is_plain_linear(module: nn.Module) -> bool:
 
     Not so for adapters (LoRA, DoRA, IA3, ...), quantized and tensor-parallel weights, hooks, and offloaded weights.
     """
-    return (
-        type(module) is nn.Linear
-        and type(module.weight.data) in (torch.Tensor, FakeTensor)  # the latter while it is exported
-        and not module.weight.is_meta
-        and not (module._forward_hooks or module._forward_pre_hooks)
-    )
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    weight = module.weight
+    return type(weight.data) in (torch.Tensor, FakeTensor) and not weight.is_meta  # the latter while it is exported
 
 
 def is_one_matrix(module: nn.Module) -> bool:
@@ -126,12 +124,13 @@ def should_absorb(
     """Whether a call of an MLA module takes the absorbed path: only python numbers and types decide, never data."""
     if torch.is_grad_enabled() or (attention.training and attention.attention_dropout):
         return False
-    if attention.kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
+    kv_b_proj = attention.kv_b_proj
+    if kv_b_proj._forward_pre_hooks:  # adapters chosen per sequence: no one weight fits all of the batch
         return False
-    plain = is_plain_linear(attention.kv_b_proj)
+    plain = is_plain_linear(kv_b_proj)
     if attention.training and not plain:  # an adapter's dropout must act on tokens, not on the identity
         return False
-    if not plain and not is_one_matrix(attention.kv_b_proj):
+    if not plain and not is_one_matrix(kv_b_proj):
         return False
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
         readable = True
@@ -178,9 +177,9 @@ def absorb_if_cheaper(
     """
     batch, _, tokens, _ = query_nope.shape
     # The eager attention is asked for where weights are wanted, which a kernel does not have; models with sinks know no other.
-    in_kernel = (sinks is not None or not attention.config._attn_implementation.endswith("eager")) and (
-        runs_in_kernel(query_nope, latent, attention_mask, attention.kv_lora_rank, attention.qk_rope_head_dim, packed)
-    )
+    in_kernel = runs_in_kernel(
+        *(query_nope, latent, attention_mask, attention.kv_lora_rank, attention.qk_rope_head_dim, packed)
+    ) and (sinks is not None or not attention.config._attn_implementation.endswith("eager"))
     if not should_absorb(attention, batch, tokens, latent.shape[2], attention_mask, in_kernel):
         return None
     given: Any = attention_mask  # one object for all layers alike, and alive as long as it is a key
@@ -241,10 +240,11 @@ def absorbed_attention(
     """
     batch, heads, tokens, nope_dim = query_nope.shape
     rank, rope_dim = kv_b_weight.shape[1], query_rope.shape[-1]
-    weight_uk, weight_uv = kv_b_weight.view(heads, -1, rank).tensor_split([nope_dim], dim=1)  # [H, N, R], [H, V, R]
+    value_dim = kv_b_weight.shape[0] // heads - nope_dim
+    weight_uk, weight_uv = kv_b_weight.view(heads, -1, rank).split_with_sizes([nope_dim, value_dim], dim=1)  # [H, N, R], [H, V, R]
 
     # One matrix product per head over all tokens of the batch: a broadcast product would copy W_UK for every sequence.
-    query = query_nope.transpose(0, 1).reshape(heads, batch * tokens, nope_dim) @ weight_uk  # [H, B * T, R]
+    query = torch.bmm(query_nope.transpose(0, 1).reshape(heads, batch * tokens, nope_dim), weight_uk)  # [H, B * T, R]
     query = query.view(heads, batch, tokens, rank).transpose(0, 1)  # [B, H, T, R]
     query = torch.cat([query, query_rope], dim=-1)  # [B, H, T, R + P]
 
@@ -265,9 +265,10 @@ def absorbed_attention(
         latent = latent.squeeze(1)  # [B, S, R + P + g], or [B, S, R] and `rest`
         query = query.view(batch, heads * tokens, rank + rope_dim) * scaling
         if rest is None:
-            scores = query @ latent[..., : rank + rope_dim].transpose(1, 2)  # [B, H * T, S]
+            keys = latent[..., : rank + rope_dim] if num_key_norms else latent
+            scores = torch.bmm(query, keys.transpose(1, 2))  # [B, H * T, S]
         else:
-            scores = query[..., :rank] @ latent.transpose(1, 2)
+            scores = torch.bmm(query[..., :rank], latent.transpose(1, 2))
             scores = torch.baddbmm(scores, query[..., rank:], rest.squeeze(1).transpose(1, 2))
         if num_key_norms:
             key_norms = latent[..., rank + rope_dim :].transpose(1, 2)  # [B, g, S]
@@ -275,7 +276,7 @@ def absorbed_attention(
         scores = scores.view(batch, heads, tokens, -1)  # [B, H, T, S]
         if attention_mask is not None:
             if attention_mask.dtype == torch.bool:
-                scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+                scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
             else:
                 scores = scores + attention_mask
         if sinks is not None:
@@ -283,8 +284,8 @@ def absorbed_attention(
         weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
         if sinks is not None:
             weights = weights[..., :-1]
-        context = weights.reshape(batch, heads * tokens, -1) @ latent[..., :rank]  # [B, H * T, R]
+        context = torch.bmm(weights.reshape(batch, heads * tokens, -1), latent[..., :rank])  # [B, H * T, R]
         context = context.view(batch, heads, tokens, rank).transpose(0, 1)  # [H, B, T, R]
 
-    output = context.reshape(heads, batch * tokens, rank) @ weight_uv.transpose(1, 2)  # [H, B * T, V]
+    output = torch.bmm(context.reshape(heads, batch * tokens, rank), weight_uv.transpose(1, 2))  # [H, B * T, V]
     return output.view(heads, batch, tokens, -1).permute(1, 2, 0, 3), weights

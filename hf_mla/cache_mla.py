@@ -142,7 +142,10 @@ class LatentDynamicLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys = self.buffers[0].append(self.keys, key_states)  # type: ignore[arg-type]
-        self.values = self.buffers[1].append(self.values, value_states)  # type: ignore[arg-type]
+        if value_states.shape[-1]:
+            self.values = self.buffers[1].append(self.values, value_states)  # type: ignore[arg-type]
+        else:
+            self.values = self.keys[..., :0]
         return self.keys, self.values
 
     def release(self) -> None:

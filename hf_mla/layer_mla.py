@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
@@ -155,13 +155,15 @@ class MLAAttention(nn.Module):
         query = self.q_proj(hidden_states).view(batch, tokens, -1, self.qk_head_dim).transpose(1, 2)  # [B, H, T, N + P]
         if self.num_key_norms:  # `q_nope` is the original query as it was before its norm
             query = (query * inverse_rms(query[..., : self.qk_nope_head_dim], self.qk_norm_eps)).to(query.dtype)
-        q_nope, q_rot = query.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_nope, q_rot = query.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
-        kv_nope, k_rot = compressed.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        kv_nope, k_rot = compressed.split_with_sizes([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_nope = self.kv_a_layernorm(kv_nope)
         cos, sin = position_embeddings
-        q_rot, k_rot = apply_rotary_pos_emb(q_rot, k_rot, cos, sin)
+        rotary = torch.cat([q_rot, k_rot], dim=1)  # [B, H + 1, T, P]; in a step the number of operations counts, not their size
+        rotary = rotary * cos.unsqueeze(1) + rotate_half(rotary) * sin.unsqueeze(1)
+        q_rot, k_rot = rotary.split_with_sizes([q_rot.shape[1], 1], dim=1)
 
         parts = [kv_nope, k_rot]
         if self.num_key_norms:

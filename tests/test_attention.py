@@ -7,10 +7,11 @@ import torch
 from conftest import make_mla
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from hf_mla import MLACache, attention_mla, cache_bytes
 from hf_mla.attention_mla import absorbed_attention, absorbing_is_cheaper
+from hf_mla.cache_mla import CACHE_NAME
 
 
 def caches(config, length):
@@ -209,3 +210,40 @@ def test_batch_of_64(mla):
     error = (feed(mla, ids, cache, [16] + [1] * 8) - mla(ids, use_cache=False).logits).abs().max()
     assert error < 1e-5
     assert cache_bytes(cache) >= 64 * 24 * 2 * 32 * 4
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "growing"])
+def test_operations_of_a_step(static):
+    """Beside reading weights, it is their number that a step costs on a CPU. A layer of Llama takes some 80."""
+
+    def operations(family, layers):
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 4,
+            "vocab_size": 97,
+            "num_hidden_layers": layers,
+        }
+        config = LlamaConfig(**shape, num_key_value_heads=2)
+        model = LlamaForCausalLM(config) if family == "Llama" else make_mla(**shape)
+        growing = DynamicCache(config=config) if family == "Llama" else MLACache(model.config)
+        cache = StaticCache(model.config, max_cache_len=40) if static else growing
+        ids = torch.randint(3, 97, (1, 9))
+        with torch.no_grad():
+            model.eval()(ids, **{CACHE_NAME: cache})
+            with Operations() as step:
+                model(ids[:, :1], **{CACHE_NAME: cache})
+        return step.count
+
+    ours, llamas = (operations(family, 3) - operations(family, 2) for family in ("MLA", "Llama"))
+    assert ours <= llamas + 32
