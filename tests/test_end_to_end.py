@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MODEL, VALIDATION, make_source
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.source.checkpoint import load_file
 from hf_mla_conversion.source.text import read_text
 
 
@@ -116,17 +118,34 @@ def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
     assert min(perplexities) == pytest.approx(ruined.perplexity.converted, rel=1e-4) and max(perplexities) > 2 * min(perplexities)
 
 
-def test_layers_that_training_made_worse_are_written_as_they_were(tmp_path, caplog):
-    """One step leaves most layers in closed form; the norms that training needs make these worse than a few steps mend."""
+def test_training_begins_where_the_layers_ended(tmp_path, monkeypatch, caplog):
+    """One step leaves most layers in closed form, whose norms are the identity while they are trained and afterwards."""
     options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 4096, "window": 128, "steps": 1, "device": "cpu"}
     layers = convert(MODEL, str(tmp_path / "layers"), **options)
-    assert sum(not layer.steps_kept for layer in layers.layers) > 3
-    with caplog.at_level(logging.WARNING):
-        report = convert(MODEL, str(tmp_path / "out"), heal_tokens=1024, **options)
-    assert "gained nothing" in caplog.text and report.end_to_end is None and report.layers_alone is None
-    assert report.kl == pytest.approx(layers.kl, rel=0.1)  # fits that are a little worse are kept
-    assert (tmp_path / "out" / "model.safetensors").exists() and not list(tmp_path.glob(".out*"))
+    kept = [layer.layer for layer in layers.layers if not layer.steps_kept]
+    assert len(kept) > 3
+    report = convert(MODEL, str(tmp_path / "out"), heal_tokens=2048, **options)
+    assert report.end_to_end.history[0]["perplexity"] == pytest.approx(layers.perplexity.converted, rel=1e-3)
+    assert report.kl < layers.kl and report.layers_alone.kl == pytest.approx(layers.kl)
     assert verify(str(tmp_path / "out"), against=MODEL, text=VALIDATION, tokens=1024, device="cpu").perplexity_ratio < 2
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("layers", "out"))
+    for layer in kept:
+        norm, latent = (f"model.layers.{layer}.self_attn.kv_a_{part}.weight" for part in ("layernorm", "proj_with_mqa"))
+        assert after[norm].eq(before[norm]).all() and not after[latent].eq(before[latent]).all()
+
+    def worse(*arguments):
+        stage, comparisons = end_to_end(*arguments)
+        for comparison in comparisons.values():
+            comparison.sums *= 2
+        return stage, comparisons
+
+    end_to_end = converter_module.end_to_end
+    monkeypatch.setattr(converter_module, "end_to_end", worse)
+    with caplog.at_level(logging.WARNING):
+        report = convert(MODEL, str(tmp_path / "worse"), heal_tokens=2048, **options)
+    assert "gained nothing" in caplog.text and report.end_to_end is None and report.layers_alone is None
+    written = load_file(tmp_path / "worse" / "model.safetensors")
+    assert all(torch.equal(written[name], before[name]) for name in before)
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):

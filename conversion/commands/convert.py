@@ -216,7 +216,7 @@ def convert(
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
-        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, heal_tokens > 0)
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
         candidates = job.prepare(sizes, processes)
         main = processes.is_main_process
 

@@ -97,10 +97,15 @@ def keep_closed_form(mla: MLAAttention, eps: float) -> None:
 
 @torch.no_grad()
 def make_trainable(mla: MLAAttention) -> None:
-    """Give a layer that `keep_closed_form` made a norm that is one: the steps of an optimizer would drown latents so small."""
-    if mla.kv_a_layernorm.weight.eq(SMALL_LATENT_WEIGHT).all() and mla.kv_a_layernorm.variance_epsilon < 1:
-        scale_latents(mla, SMALL_LATENT_WEIGHT / mla.kv_a_layernorm.variance_epsilon**0.5)
-        mla.kv_a_layernorm.weight.fill_(1.0)
+    """Undo `keep_closed_form` for a training, in place: the steps of an optimizer would drown latents so small.
+
+    The norm is the identity as before, now by an epsilon of its own.
+    """
+    norm = mla.kv_a_layernorm
+    if norm.weight.eq(SMALL_LATENT_WEIGHT).all() and norm.variance_epsilon < 1:
+        scale_latents(mla, SMALL_LATENT_WEIGHT / norm.variance_epsilon**0.5)
+        norm.variance_epsilon = IDENTITY_NORM_EPS
+        norm.weight.fill_(IDENTITY_NORM_WEIGHT)
 
 
 def scale_latents(mla: MLAAttention, factor: float) -> None:

@@ -20,7 +20,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerState, Traini
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import brief
-from ..mathematics.closed_form import make_trainable
+from ..mathematics.closed_form import keep_closed_form, make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
@@ -299,6 +299,9 @@ def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> P
     assert not unexpected and not {name for name, p in trained.named_parameters() if p.requires_grad} & set(missing)
     if training.what == "lora":
         trained = trained.merge_and_unload()
+    for layer in trained.model.layers:
+        if layer.self_attn.kv_a_layernorm.variance_epsilon != trained.config.kv_a_layernorm_eps:  # see `make_trainable`
+            keep_closed_form(layer.self_attn, trained.config.kv_a_layernorm_eps)
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()

@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.03  # of the error that a split is tried with: another text changes as much
-REAL_NORM = 1.1  # times the error of the closed form: what a norm that can be trained on is worth, if training follows
 
 
 @contextmanager
@@ -74,7 +73,6 @@ class Job:
         steps: reconstruction steps per layer.
         seed: of the order of windows.
         qk_norm: "exact" or "fold".
-        trained: whether the whole model will be trained afterwards.
     """
 
     def __init__(
@@ -87,10 +85,9 @@ class Job:
         steps: int,
         seed: int,
         qk_norm: str,
-        trained: bool,
     ) -> None:
         self.checkpoint, self.folder, self.device = checkpoint, folder, device
-        self.steps, self.seed, self.qk_norm, self.trained = steps, seed, qk_norm, trained
+        self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())  # a text that is shorter than a window has shorter ones
@@ -249,8 +246,7 @@ class Job:
                         mla.o_proj.weight.copy_(before)
                 if error < closed:
                     break
-            most = closed * REAL_NORM if self.trained else closed
-            if not error < most and stored_type(config) != torch.float16:  # which has no room for such a norm
+            if not error < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
                 mla.load_state_dict(closed_form)
                 keep_closed_form(mla, NORM_EPS)
                 error, kept = closed, 0
