@@ -454,11 +454,10 @@ def fits(query: Tensor, latent: Tensor, rest: Tensor) -> bool:
 
 
 def launch(grid: tuple[int, int], latent: Tensor, *, rest: Tensor, BLOCK_M: int, R: int, P: int, **arguments: object) -> None:
-    """Run the kernel for these on a grid of (B * row blocks, splits); arguments as for `split_kernel`."""
+    """Run one of the kernels on a grid of (B * row blocks, splits); arguments as for `split_kernel`."""
     block_r, block_p = max(64, triton.next_power_of_2(R)), max(16, triton.next_power_of_2(P))
     batch, tokens = latent.shape[0] if latent.stride(0) else 1, latent.shape[1]
     quantized = latent.dtype.itemsize == 1
-    two_groups = BLOCK_M == 64 and block_r == 512 and not quantized
     warps = 8 if block_r > 128 and (quantized or BLOCK_M == 64) else 4
 
     def descriptor(tensor: Tensor, width: int, block: int) -> TensorDescriptor:
@@ -468,7 +467,7 @@ def launch(grid: tuple[int, int], latent: Tensor, *, rest: Tensor, BLOCK_M: int,
         return TensorDescriptor(tensor, [batch, tokens, width], strides, [1, BLOCK_N, block], layout)
 
     arguments |= {"rest": rest, "copies": int(latent.stride(0) > 0), "BLOCK_P": block_p, "BLOCK_M": BLOCK_M, "R": R, "P": P}
-    if two_groups:
+    if BLOCK_M == 64 and block_r == 512 and not quantized:  # of narrower latents, two programs fit a multiprocessor
         two_groups_kernel[grid](descriptor(latent, R, block_r // 2), descriptor(rest, P, block_p), num_warps=4, **arguments)
         return
     ropes = None if quantized else descriptor(rest, P, block_p)
