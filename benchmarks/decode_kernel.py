@@ -27,7 +27,8 @@ from triton.testing import do_bench, do_bench_cudagraph
 from hf_mla.decode_triton import attended_range, latent_decode
 
 
-SHAPES = [(64, 8192, 32), (128, 4096, 32), (16, 8192, 32), (1, 131072, 32), (64, 8192, 16), (64, 4096, 128)]
+SHAPES = [(64, 8192, 32), (128, 4096, 32), (16, 8192, 32), (1, 131072, 32), (64, 8192, 16), (64, 8192, 64)]
+SHAPES += [(64, 4096, 128), (16, 8192, 128), (1, 65536, 128)]
 RANK, ROPE, HEAD, KV_HEADS = 512, 64, 128, 8
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -126,6 +126,21 @@ GPU_CASES = {
     "sinks, 64 rows": (3, 128, 1, 3000, 512, 64, {"mask": left_padding, "sinks": 1}),
     "sinks, one split, 512 + 64": (300, 16, 1, 200, 512, 64, {"sinks": 1}),
     "sinks, int8, 512 + 64": (3, 64, 1, 3000, 512, 64, {"codes": torch.int8, "sinks": 1}),
+    "two groups": (5, 64, 1, 3000, 512, 64, {}),
+    "two groups, one split": (300, 64, 1, 330, 512, 64, {}),
+    "two groups, many splits": (1, 128, 1, 40001, 512, 64, {"mask": left_padding}),
+    "two groups, odd tiles": (3, 128, 1, 12700, 512, 64, {}),
+    "two groups, less than a tile": (2, 128, 1, 40, 512, 64, {}),
+    "two groups, less than two tiles": (2, 64, 1, 65, 512, 64, {"mask": left_padding}),
+    "two groups, two new tokens": (2, 64, 2, 3000, 512, 64, {}),
+    "two groups, two new tokens, left padding": (3, 64, 2, 3000, 512, 64, {"mask": left_padding}),
+    "two groups, window": (2, 64, 3, 700, 512, 64, {"window": 50}),
+    "two groups, range": (3, 128, 1, 700, 512, 64, {"attended": [[5, 600, 0], [0, 7, 0], [40, 40, 0]]}),
+    "two groups, tree, sinks, soft cap": (2, 64, 6, 700, 512, 64, {"mask": tree, "sinks": 5, "softcap": 3.0}),
+    "two groups, tree": (2, 64, 6, 700, 512, 64, {"mask": tree}),
+    "two groups, sinks, one split": (300, 64, 1, 330, 512, 64, {"sinks": 5}),
+    "two groups, key norms": (2, 128, 2, 3000, 512, 64, {"num_key_norms": 8, "mask": left_padding}),
+    "two groups, 40 heads, 320 + 32": (3, 40, 1, 3000, 320, 32, {"num_key_norms": 8}),
 }
 
 
@@ -165,28 +180,30 @@ def test_attended_range(make, new_tokens):
         assert holes == (not row[:, start:stop].all())
 
 
-def test_sequences_may_share_their_latents():
+@pytest.mark.parametrize("heads, rank, rope_dim", [(4, 64, 16), (64, 512, 64)])
+def test_sequences_may_share_their_latents(heads, rank, rope_dim):
     """One row of tokens, and for each request a part of it."""
     torch.manual_seed(0)
-    latent, rest = make_cache(1, 300, 64, 16, 0, TYPES[1], None)
+    latent, rest = make_cache(1, 300, rank, rope_dim, 0, TYPES[1], None)
     latent, rest = latent.expand(3, -1, -1), rest.expand(3, -1, -1)
-    query = torch.randn(3, 4, 1, 80, device=DEVICE).to(TYPES[1])
+    query = torch.randn(3, heads, 1, rank + rope_dim, device=DEVICE).to(TYPES[1])
     attended = torch.tensor([[0, 100, 0], [100, 101, 0], [101, 300, 0]], dtype=torch.int32, device=DEVICE)
-    out = decode_triton.latent_decode(query, latent, rest, 64, 0.3, attended=attended)
-    expected = reference(query, latent, rest, 64, 0.3, attended=attended)
+    out = decode_triton.latent_decode(query, latent, rest, rank, 0.1, attended=attended)
+    expected = reference(query, latent, rest, rank, 0.1, attended=attended)
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[TYPES[1]]
 
 
 class Seen:
-    """In the place of a kernel, which it runs: what that was given."""
+    """In the place of a kernel, which it runs if it has one: what that was given."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel=None):
         self.kernel, self.given = kernel, {}
 
     def __getitem__(self, grid):
         def run(*args, **kwargs):
             self.given = kwargs
-            return self.kernel[grid](*args, **kwargs)
+            if self.kernel is not None:
+                self.kernel[grid](*args, **kwargs)
 
         return run
 
@@ -249,20 +266,49 @@ def test_when_the_hopper_kernel_runs(rank, rope_dim, apart, codes, taken):
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[torch.bfloat16]
 
 
+@pytest.mark.parametrize(
+    "heads, new_tokens, rank, rope_dim, codes, taken",
+    [
+        (64, 1, 512, 64, None, "two_groups_kernel"),
+        (33, 1, 512, 64, None, "two_groups_kernel"),
+        (32, 2, 320, 32, None, "two_groups_kernel"),
+        (32, 1, 512, 64, None, "hopper_kernel"),
+        (128, 1, 512, 64, torch.int8, "hopper_kernel"),
+        (128, 1, 256, 64, None, "hopper_kernel"),  # of which two programs fit a multiprocessor
+        (128, 1, 448, 128, None, "hopper_kernel"),  # of which 64 rows do not fit
+    ],
+    ids=str,
+)
+def test_which_hopper_kernel_runs(heads, new_tokens, rank, rope_dim, codes, taken, monkeypatch):
+    """Two groups are for 64 rows of wide latents."""
+    hopper = pytest.importorskip("hf_mla.decode_hopper")
+    kernels = {name: Seen() for name in ("hopper_kernel", "two_groups_kernel")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(hopper, name, kernel)
+    monkeypatch.setattr(hopper, "fits", lambda *_: True)
+    latent, rest = make_cache(2, 90, rank, rope_dim, 0, TYPES[1], codes)
+    query = torch.randn(2, heads, new_tokens, rank + rope_dim, device=DEVICE).to(TYPES[1])
+    decode_triton.latent_decode(query, latent.contiguous(), rest.contiguous(), rank, 0.1)
+    assert [name for name, kernel in kernels.items() if kernel.given] == [taken]
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
-from hf_mla.decode_hopper import BLOCK_N, hopper_kernel
+from hf_mla.decode_hopper import BLOCK_N, hopper_kernel, two_groups_kernel
 
-def size(rank, rope, rows, warps, type, **changes):
-    constants = dict(R=rank, P=rope, BLOCK_M=rows, warps=warps, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False, QUANTIZED=False)
+def size(rank, rope, rows, warps, type, kernel=hopper_kernel, **changes):
+    constants = dict(R=rank, P=rope, BLOCK_M=rows, NORMS=0, MASKED=False, BOUNDED=False, CAPPED=False)
+    if kernel is hopper_kernel:
+        constants |= dict(warps=warps, QUANTIZED=False)
     constants |= dict(BLOCK_P=max(16, triton.next_power_of_2(rope))) | changes
     kinds = dict(query="*" + type, rest="*" + type, out="*fp32", lse="*fp32", attended="*i32", mask="*u8", scale="fp32", cap="fp32")
     kinds["sinks"] = "*fp32"
     codes = constants.pop("codes", None)
-    wide = {"latents": max(64, triton.next_power_of_2(rank)), "ropes": constants["BLOCK_P"]}
+    halves = 2 if kernel is two_groups_kernel else 1
+    wide = {"latents": max(64, triton.next_power_of_2(rank)) // halves, "ropes": constants["BLOCK_P"]}
     if not constants.pop("sunk", False):
         constants["sinks"] = None
     if codes:
@@ -271,23 +317,25 @@ def size(rank, rope, rows, warps, type, **changes):
         block = [1, BLOCK_N, wide[name]]
         layout = gl.NVMMASharedLayout.get_default_for(block, gl.int8 if codes else gl.bfloat16)
         kinds[name] = f"tensordesc<{codes or type}{block},{layout!r}>"
-    names = hopper_kernel.arg_names
+    names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-    source = GluonASTSource(hopper_kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
     assert "wgmma" in compiled.asm["ptx"] and "cp.async.bulk" in compiled.asm["ptx"]
     return compiled.metadata.shared
 
 print(size(512, 64, 32, 4, "bf16"))
-print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, NORMS=8))
+print(size(256, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, NORMS=8))
 print(size(448, 128, 32, 4, "fp16", CAPPED=True))
 print(size(48, 16, 16, 4, "bf16", BOUNDED=True))
 print(size(512, 64, 32, 8, "bf16", codes="i8"))
-print(size(512, 64, 64, 8, "bf16", MASKED=True, BOUNDED=True, sunk=True))
+print(size(512, 64, 64, 8, "bf16", codes="i8", MASKED=True, BOUNDED=True, sunk=True))
+print(size(512, 64, 64, 4, "bf16", kernel=two_groups_kernel, MASKED=True, BOUNDED=True))
+print(size(320, 32, 64, 4, "fp16", kernel=two_groups_kernel, NORMS=8, CAPPED=True, sunk=True))
 """
 
 
-def test_the_hopper_kernel_compiles():
+def test_the_hopper_kernels_compile():
     """Where there is no such GPU, the compiler can still tell; a program has 227 KiB of shared memory there."""
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
