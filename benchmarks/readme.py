@@ -50,6 +50,18 @@ def whole_model(result: dict[str, Any]) -> str:
     return f"{text}{table(header, rows)}\n\nLargest batch that fits at 32k tokens: {batches}."
 
 
+def native_model(result: dict[str, Any]) -> str:
+    """A step of the library's own MLA models, as the library runs them and over their latents."""
+    titles = {"deepseek_v3": "DeepSeek-V3 of the width of an 8B model, 8 layers, 32 heads", "heads_128": "4 layers of 128 heads"}
+    rows = []
+    for row in (row for row in result["rows"] if "milliseconds_per_token" in row):
+        times = (cell(row, "milliseconds_per_token", name) for name in ("sdpa", "hf_mla"))
+        differences = [f"{row['difference'][name]:.3f}" if "difference" in row else "-" for name in ("hf_mla", "eager")]
+        rows.append([titles.get(row["model"], row["model"]), size(row), *times, f"x {row['speedup']:.2f}", *differences])
+    header = ["model, random weights", "batch x context", "sdpa", "hf_mla", "ratio", "logits differ by", "eager's by"]
+    return f"Milliseconds a token (and their spread), {machine(result['machine'])}:\n\n{table(header, rows)}"
+
+
 def bench(result: dict[str, Any]) -> str:
     """What `hf-mla bench --json` printed."""
     header = ["context", "source, ms a token", "converted", "tokens per second", "cache"]
@@ -156,6 +168,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": bench,
     "decode_kernel": decode_kernel,
+    "native_model": native_model,
     "real_model": real_model,
     "training": training,
     "whole_model": whole_model,

@@ -101,6 +101,20 @@ def test_decode_kernel(tmp_path):
     assert lines[2].count("|") == lines[-1].count("|")
 
 
+def test_native_model(tmp_path):
+    rows = [
+        {"model": "deepseek_v3", "batch": 1, "context": 2048, "speedup": 2.0},
+        {"model": "MiniCPM3", "batch": 8, "context": 4096, "speedup": 3.0, "difference": {"hf_mla": 0.02, "eager": 0.03}},
+        {"model": "DeepSeek-V3", "batch": 8, "context": 4096, "error": "out of memory"},
+    ]
+    for row in rows[:2]:
+        row |= {"milliseconds_per_token": {"sdpa": 6.0, "hf_mla": 3.0}, "spread": {"sdpa": [6, 7], "hf_mla": [3, 3]}}
+    lines = figures(tmp_path, "native_model", {"machine": MACHINE, "rows": rows}).splitlines()
+    assert "8 layers, 32 heads | 1 x 2048 | 6 (6 to 7) | 3 (3 to 3) | x 2.00 | - | - |" in lines[-2]
+    assert lines[-1] == "| MiniCPM3 | 8 x 4096 | 6 (6 to 7) | 3 (3 to 3) | x 3.00 | 0.020 | 0.030 |"
+    assert lines[2].count("|") == lines[-1].count("|")
+
+
 def test_whole_model(tmp_path):
     largest = {"converted": 96, "gqa": 30, "deepseek_v3": None}
     text = figures(tmp_path, "whole_model", {"machine": MACHINE, "rows": WHOLE_ROWS, "largest_batch_at_32k": largest})

@@ -76,7 +76,7 @@ def heal(
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
         lora_rank: rank of the adapters.
-        learning_rate: at its highest; None for 1e-3, and 5e-4 for all weights.
+        learning_rate: at its highest; None for 1e-3, and 2.5e-4 for all weights.
         step_tokens: in one step, over all processes; None for 16,384 on a GPU and 4,096 on the CPU.
         gradient_checkpointing: compute activations again in the backward pass, for less memory and more time.
         device: "auto", "cpu" or "cuda".
