@@ -5,8 +5,8 @@
   template: the model writes the user's part too. Both go on to the end of the sequence, with new texts and new turns.
 * All sequences of a batch grow together, token by token, in one cache that is filled in place. A batch is as large as memory
   allows, since a step of thousands of sequences costs hardly more than one of a few.
-* On a GPU a step is captured as a CUDA graph, once for every 64 tokens, and replayed: launching its kernels one by one takes five
-  times as long as they run.
+* On a GPU a step is captured as a CUDA graph, once for every 64 tokens, and replayed: launching its kernels one by one takes far
+  longer than they run.
 * Tokens are drawn as likely as the model finds them: text that was cut to what is likely, or written at several temperatures,
   teaches less of other texts (docs/reconstruction.md).
 """
