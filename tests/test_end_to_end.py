@@ -2,17 +2,17 @@
 
 import json
 import logging
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION, make_source
+from conftest import MODEL, VALIDATION, make_source, run_apart
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.mathematics.distill import DistillationTrainer
 from hf_mla_conversion.source.checkpoint import load_file
 from hf_mla_conversion.source.text import read_text
 
@@ -66,32 +66,28 @@ def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch, caplog
     assert names[0] == names[1]
 
 
-KILLED = """
-import os, signal, sys
-from hf_mla_conversion import convert
-from hf_mla_conversion.commands import convert as module
-from hf_mla_conversion.mathematics.distill import DistillationTrainer
-module.STEP_TOKENS["cpu"] = 512
-place, source, out = sys.argv[1:4]
-compute_loss = DistillationTrainer.compute_loss
-def killed(self, *args, **kwargs):
-    if self.state.global_step == int(place):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute_loss(self, *args, **kwargs)
-if place.isdigit():
-    DistillationTrainer.compute_loss = killed
-else:
-    setattr(module, place, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-convert(source, out, heal_tokens=int(sys.argv[4]), **eval(sys.argv[5]))
-"""
+def kill(*_arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def convert_killed(place, source, out):
+    """A conversion that kills itself where a function of the converter is called, or before a step of the training."""
+    converter_module.STEP_TOKENS["cpu"] = 512
+    compute_loss = DistillationTrainer.compute_loss
+    if isinstance(place, str):
+        setattr(converter_module, place, kill)
+    else:
+        DistillationTrainer.compute_loss = lambda self, *args, **kwargs: (
+            kill() if self.state.global_step == place else compute_loss(self, *args, **kwargs)
+        )
+    convert(source, out, heal_tokens=512 * 24, **OPTIONS)
 
 
 def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
     convert(source, str(tmp_path / "whole"), heal_tokens=512 * 24, **OPTIONS)
-    for place in ("write_model", "0", "10", "write_trained"):
-        words = [place, source, str(tmp_path / "killed"), str(512 * 24), repr(OPTIONS)]
-        done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    for place in ("write_model", 0, 10, "write_trained"):
+        code, said = run_apart(tmp_path / "log", convert_killed, place, source, str(tmp_path / "killed"))
+        assert code == -signal.SIGKILL, said[-2000:]
         assert not (tmp_path / "killed").exists()
     (best,) = tmp_path.glob(".killed*/*/best.safetensors")
     best.unlink()  # then the training is taken up after its last step, as if it had been killed before this was written
@@ -100,7 +96,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
     second["README.md"] = second["README.md"].replace(b"killed", b"whole")
     assert first.pop("record") == second.pop("record")
     assert first == second
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "log", "whole"]
 
 
 def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
