@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import make_source, run_apart
 
 from hf_mla_conversion import UserError, convert
@@ -146,15 +147,20 @@ def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch, source, whole):
     assert fingerprint(tmp_path / "out") == whole
 
 
+def on_one_thread(words):
+    torch.set_num_threads(1)
+    return main(words)
+
+
 def test_two_processes_write_the_same_bytes(tmp_path, source):
     """Each converts every second layer; all on one thread, since rounding depends on their number."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code, said = run_apart(tmp_path / "log", on_one_thread, command(source, tmp_path / "one", "--json"))
+    assert code == 0, said[-2000:]
     # What `accelerate launch` starts for several GPUs; on a CPU it starts one process, whatever it is asked for.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    program = ["-m", "hf_mla_conversion.cli"]
-    for start, name in (([sys.executable], "one"), (launch, "two")):
-        words = [*start, *program, *command(source, tmp_path / name, "--json")]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count('"output"') == 1
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    words = [*launch, "hf_mla_conversion.cli", *command(source, tmp_path / "two", "--json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said.count('"output"') == done.stdout.count('"output"') == 1
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
