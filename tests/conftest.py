@@ -27,6 +27,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 import hf_mla  # noqa: E402
 from hf_mla_conversion import convert  # noqa: E402
+from hf_mla_conversion.source.own_text import BUNDLED_NAME  # noqa: E402
 from hf_mla_conversion.source.text import BUNDLED  # noqa: E402
 
 
@@ -135,7 +136,7 @@ def mla():
 def converted(tmp_path_factory):
     """The bundled model, converted as `hf-mla demo` does but on less text and in shorter sequences; a folder and the report."""
     folder = tmp_path_factory.mktemp("bundled") / "mla"
-    options = {"calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
+    options = {"calibration": BUNDLED_NAME, "calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
     report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, **options)
     return str(folder), report
 
