@@ -1,6 +1,8 @@
 """Models for the tests: the bundled trained one, and small random ones of any shape, saved as users have them."""
 
+import multiprocessing
 import os
+import sys
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does
@@ -25,6 +27,7 @@ from transformers import AutoTokenizer  # noqa: E402
 
 import hf_mla  # noqa: E402
 from hf_mla_conversion import convert  # noqa: E402
+from hf_mla_conversion.source.own_text import BUNDLED_NAME  # noqa: E402
 from hf_mla_conversion.source.text import BUNDLED  # noqa: E402
 
 
@@ -38,6 +41,26 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+# A process that has imported what takes seconds and done nothing else is forked for every test that needs one of its own.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["hf_mla_conversion.commands.convert", "hf_mla_conversion.commands.heal"])
+
+
+def run_apart(log, function, *arguments):
+    """Call a function of a test module in a process of its own; its exit code, or minus the signal that killed it, and output."""
+    process = FORKS.Process(target=apart, args=(log, function, *arguments))
+    process.start()
+    process.join()
+    return process.exitcode, log.read_text()
+
+
+def apart(log, function, *arguments):
+    with open(log, "w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.exit(function(*arguments))
 
 
 def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, **changes):
@@ -111,9 +134,10 @@ def mla():
 
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
-    """The bundled model, converted as `hf-mla demo` does but on less text; a folder and the report."""
+    """The bundled model, converted as `hf-mla demo` does but on less text and in shorter sequences; a folder and the report."""
     folder = tmp_path_factory.mktemp("bundled") / "mla"
-    report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=16384, steps=20, device="cpu")
+    options = {"calibration": BUNDLED_NAME, "calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
+    report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, **options)
     return str(folder), report
 
 

@@ -91,7 +91,7 @@ def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):
 
 
 def test_reconstruction_keeps_the_model(converted):
-    """20 steps on 16,384 tokens give 1.26, the closed form alone 1.42 (320 steps on 131,072: see the demo)."""
+    """30 steps on 8,192 tokens give 1.27, the closed form alone 1.42 (320 steps on 131,072: see the demo)."""
     folder, report = converted
     before, after = (sum(getattr(layer, f"error_{name}") for layer in report.layers) for name in ("closed_form", "reconstructed"))
     assert after < 0.85 * before
@@ -106,7 +106,7 @@ def test_own_measure_is_that_of_the_whole_models(converted):
     """`convert` compares the two models a layer at a time, on calibration text that it held back."""
     folder, report = converted
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    windows = calibration_windows(open_checkpoint(MODEL), tokenizer, None, 16384, 1024, seed=0)[-2:]
+    windows = calibration_windows(open_checkpoint(MODEL), tokenizer, None, 8192, 256, seed=0)[-4:]
     assert report.held_back_tokens == windows.numel()
     total = Comparison()
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, folder)]

@@ -2,17 +2,17 @@
 
 import json
 import logging
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION, make_source
+from conftest import MODEL, VALIDATION, make_source, run_apart
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.mathematics.distill import DistillationTrainer
 from hf_mla_conversion.source.checkpoint import load_file
 from hf_mla_conversion.source.text import read_text
 
@@ -43,55 +43,75 @@ def contents(folder):
     return found | {"record": record}
 
 
-def test_a_trained_model_gets_closer_to_its_source(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(converter_module.STEP_TOKENS, "cpu", 2048)
-    monkeypatch.setitem(converter_module.RATES, "all", 2e-4)  # for so few steps
-    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "steps": 0, "device": "cpu"}
-    report = convert(MODEL, str(tmp_path / "out"), heal_tokens=2048 * 8, window=256, **options)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The bundled model converted by layers alone, and with the end-to-end stage; the folders and the reports.
+
+    One step leaves most layers in closed form, whose norms are the identity while they are trained and afterwards.
+    """
+    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "window": 128, "steps": 1, "device": "cpu"}
+    folder = tmp_path_factory.mktemp("both")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(converter_module.STEP_TOKENS, "cpu", 1024)
+        patch.setitem(converter_module.RATES, "all", 2e-4)  # for so few steps
+        reports = [convert(MODEL, str(folder / name), heal_tokens=n, **options) for name, n in (("layers", 0), ("out", 8192))]
+    return folder, *reports
+
+
+def test_a_trained_model_gets_closer_to_its_source(both):
+    folder, _, report = both
     stage = report.end_to_end
-    assert stage.steps_taken == stage.steps == 8 and stage.tokens_per_step == 2048 and stage.train == "all"
+    assert stage.steps_taken == stage.steps == 8 and stage.tokens_per_step == 1024 and stage.train == "all"
     assert stage.history[0]["perplexity"] == pytest.approx(report.layers_alone.perplexity.converted, rel=1e-4)
     assert report.perplexity_ratio < report.layers_alone.perplexity_ratio and report.kl < report.layers_alone.kl
     (text,) = report.texts
     assert text.perplexity_ratio == pytest.approx(report.perplexity_ratio)
-    convert(MODEL, str(tmp_path / "layers"), window=256, **options)
     other = {"against": MODEL, "text": VALIDATION, "tokens": 2048, "device": "cpu"}
-    trained, layers = (verify(str(tmp_path / name), **other).perplexity_ratio for name in ("out", "layers"))
-    assert trained < layers  # on text that neither has seen
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "all weights were trained to predict what the source predicts" in card and "16,384 tokens of the same text" in card
+    trained, untrained = (verify(str(folder / name), **other).perplexity_ratio for name in ("out", "layers"))
+    assert trained < untrained  # on text that neither has seen
+    assert trained < 2
+    card = (folder / "out" / "README.md").read_text()
+    assert "all weights were trained to predict what the source predicts" in card and "8,192 tokens of the same text" in card
     assert f"(x {report.perplexity_ratio:.4f})" in card and "by layer, before all weights were trained |" in card
-    assert "reads its text" not in caplog.text
-    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("out", "layers")]
+    names = [{path.name for path in (folder / name).iterdir()} for name in ("out", "layers")]
     assert names[0] == names[1]
 
 
-KILLED = """
-import os, signal, sys
-from hf_mla_conversion import convert
-from hf_mla_conversion.commands import convert as module
-from hf_mla_conversion.mathematics.distill import DistillationTrainer
-module.STEP_TOKENS["cpu"] = 512
-place, source, out = sys.argv[1:4]
-compute_loss = DistillationTrainer.compute_loss
-def killed(self, *args, **kwargs):
-    if self.state.global_step == int(place):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute_loss(self, *args, **kwargs)
-if place.isdigit():
-    DistillationTrainer.compute_loss = killed
-else:
-    setattr(module, place, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-convert(source, out, heal_tokens=int(sys.argv[4]), **eval(sys.argv[5]))
-"""
+def test_training_begins_where_the_layers_ended(both):
+    folder, layers, report = both
+    kept = [layer.layer for layer in layers.layers if not layer.steps_kept]
+    assert len(kept) > 3
+    assert report.end_to_end.history[0]["perplexity"] == pytest.approx(layers.perplexity.converted, rel=1e-3)
+    assert report.kl < layers.kl and report.layers_alone.kl == pytest.approx(layers.kl)
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("layers", "out"))
+    for layer in kept:
+        norm, latent = (f"model.layers.{layer}.self_attn.kv_a_{part}.weight" for part in ("layernorm", "proj_with_mqa"))
+        assert after[norm].eq(before[norm]).all() and not after[latent].eq(before[latent]).all()
 
 
-def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
+def kill(*_arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def convert_killed(place, source, out):
+    """A conversion that kills itself where a function of the converter is called, or before a step of the training."""
+    converter_module.STEP_TOKENS["cpu"] = 512
+    compute_loss = DistillationTrainer.compute_loss
+    if isinstance(place, str):
+        setattr(converter_module, place, kill)
+    else:
+        DistillationTrainer.compute_loss = lambda self, *args, **kwargs: (
+            kill() if self.state.global_step == place else compute_loss(self, *args, **kwargs)
+        )
+    convert(source, out, heal_tokens=512 * 24, **OPTIONS)
+
+
+def test_killed_and_resumed_it_ends_the_same(tmp_path, source, caplog):
     convert(source, str(tmp_path / "whole"), heal_tokens=512 * 24, **OPTIONS)
-    for place in ("write_model", "0", "10", "write_trained"):
-        words = [place, source, str(tmp_path / "killed"), str(512 * 24), repr(OPTIONS)]
-        done = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert "reads its text" not in caplog.text  # there is more of it than the layers are calibrated on
+    for place in ("write_model", 0, 10, "write_trained"):
+        code, said = run_apart(tmp_path / "log", convert_killed, place, source, str(tmp_path / "killed"))
+        assert code == -signal.SIGKILL, said[-2000:]
         assert not (tmp_path / "killed").exists()
     (best,) = tmp_path.glob(".killed*/*/best.safetensors")
     best.unlink()  # then the training is taken up after its last step, as if it had been killed before this was written
@@ -100,7 +120,7 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, source):
     second["README.md"] = second["README.md"].replace(b"killed", b"whole")
     assert first.pop("record") == second.pop("record")
     assert first == second
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "log", "whole"]
 
 
 def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
@@ -118,33 +138,26 @@ def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
     assert min(perplexities) == pytest.approx(ruined.perplexity.converted, rel=1e-4) and max(perplexities) > 2 * min(perplexities)
 
 
-def test_training_begins_where_the_layers_ended(tmp_path, monkeypatch, caplog):
-    """One step leaves most layers in closed form, whose norms are the identity while they are trained and afterwards."""
-    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 4096, "window": 128, "steps": 1, "device": "cpu"}
-    layers = convert(MODEL, str(tmp_path / "layers"), **options)
-    kept = [layer.layer for layer in layers.layers if not layer.steps_kept]
-    assert len(kept) > 3
-    report = convert(MODEL, str(tmp_path / "out"), heal_tokens=2048, **options)
-    assert report.end_to_end.history[0]["perplexity"] == pytest.approx(layers.perplexity.converted, rel=1e-3)
-    assert report.kl < layers.kl and report.layers_alone.kl == pytest.approx(layers.kl)
-    assert verify(str(tmp_path / "out"), against=MODEL, text=VALIDATION, tokens=1024, device="cpu").perplexity_ratio < 2
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("layers", "out"))
-    for layer in kept:
-        norm, latent = (f"model.layers.{layer}.self_attn.kv_a_{part}.weight" for part in ("layernorm", "proj_with_mqa"))
-        assert after[norm].eq(before[norm]).all() and not after[latent].eq(before[latent]).all()
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_training_that_gains_nothing_is_left_out(tmp_path, source, monkeypatch, caplog, steps):
+    options = OPTIONS | {"steps": steps}
+    layers = convert(source, str(tmp_path / "layers"), **options)
+    stages = []
 
     def worse(*arguments):
         stage, comparisons = end_to_end(*arguments)
         for comparison in comparisons.values():
             comparison.sums *= 2
+        stages.append(stage)
         return stage, comparisons
 
     end_to_end = converter_module.end_to_end
     monkeypatch.setattr(converter_module, "end_to_end", worse)
     with caplog.at_level(logging.WARNING):
-        report = convert(MODEL, str(tmp_path / "worse"), heal_tokens=2048, **options)
+        report = convert(source, str(tmp_path / "worse"), heal_tokens=2048, **options)
     assert "gained nothing" in caplog.text and report.end_to_end is None and report.layers_alone is None
-    written = load_file(tmp_path / "worse" / "model.safetensors")
+    assert stages[0].history[0]["perplexity"] == pytest.approx(layers.perplexity.converted, rel=1e-4)
+    before, written = (load_file(tmp_path / name / "model.safetensors") for name in ("layers", "worse"))
     assert all(torch.equal(written[name], before[name]) for name in before)
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION, make_source
+from conftest import MODEL, VALIDATION, make_source, run_apart
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import UserError, convert, heal
+from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
 from hf_mla_conversion.mathematics.distill import ChunkedDivergence, divergence
@@ -90,10 +91,10 @@ def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
     from hf_mla_conversion import verify
 
     dest = str(tmp_path / "healed")
-    options = {"steps": 12, "step_tokens": 2048, "learning_rate": 3e-4, "device": "cpu"}
+    options = {"steps": 12, "step_tokens": 1024, "learning_rate": 3e-4, "device": "cpu"}
     report = heal(converted[0], dest, teacher=MODEL, text=CALIBRATION, **options)
     ratios = [
-        verify(out, against=MODEL, text=VALIDATION, tokens=8192, device="cpu").perplexity_ratio for out in (converted[0], dest)
+        verify(out, against=MODEL, text=VALIDATION, tokens=4096, device="cpu").perplexity_ratio for out in (converted[0], dest)
     ]
     assert ratios[1] < ratios[0]  # on text that neither has seen
     record = json.loads((tmp_path / "healed" / "conversion.json").read_text())
@@ -181,19 +182,17 @@ def test_types_are_kept(pair, tmp_path):
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-# Runs in a process of its own, which kills itself in the middle of a step after a checkpoint.
-KILLED = """
-import os, signal, sys
-from hf_mla_conversion.cli import main
-from hf_mla_conversion.mathematics.distill import DistillationTrainer
-compute_loss = DistillationTrainer.compute_loss
-def killed(self, *args, **kwargs):
-    if self.state.global_step == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return compute_loss(self, *args, **kwargs)
-DistillationTrainer.compute_loss = killed
-main()
-"""
+def heal_killed(words):
+    """The program, which kills itself in the middle of a step after a checkpoint."""
+    compute_loss = distillation.DistillationTrainer.compute_loss
+
+    def killed(self, *args, **kwargs):
+        if self.state.global_step == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute_loss(self, *args, **kwargs)
+
+    distillation.DistillationTrainer.compute_loss = killed
+    return main(words)
 
 
 def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
@@ -201,8 +200,8 @@ def test_killed_and_resumed_it_ends_the_same(pair, tmp_path):
     options = {"teacher": source, "text": CALIBRATION, "steps": 22, "step_tokens": 256, "device": "cpu"}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     work = tmp_path / ".killed.incomplete"
-    done = subprocess.run([sys.executable, "-c", KILLED, "heal", out, str(tmp_path / "killed"), *words], capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = run_apart(tmp_path / "log", heal_killed, ["heal", out, str(tmp_path / "killed"), *words])
+    assert code == -signal.SIGKILL, said
     assert not (tmp_path / "killed").exists() and (work / "checkpoint-8" / "complete").exists()
     with pytest.raises(UserError, match="seed"):
         heal(out, str(tmp_path / "killed"), **options, seed=1)

@@ -2,40 +2,38 @@
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
-from conftest import make_source
+import torch
+from conftest import make_source, run_apart
 
 from hf_mla_conversion import UserError, convert
+from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import convert as converter_module
 from hf_mla_conversion.stages import layers as layers_module
 
 
 OPTIONS = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "calibration_tokens": 1024, "steps": 4, "device": "cpu"}
 WORDS = [f"--{name.replace('_', '-')}={value}" for name, value in OPTIONS.items()]
-# The program, which sends itself a signal when the first file that begins so is to get its name.
-SIGNALLED = """
-import os, signal, sys
-name, number, *words = sys.argv[1:]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell does not heed it
-def hook(event, arguments):
-    if event == "os.rename" and os.path.basename(arguments[0]).startswith(name):
-        os.kill(os.getpid(), getattr(signal, number))
-sys.addaudithook(hook)
-from hf_mla_conversion.cli import main
-sys.exit(main(words))
-"""
 
 
 def command(source, out, *words):
-    return [sys.executable, "-m", "hf_mla_conversion.cli", "convert", str(source), str(out), *WORDS, *words]
+    return ["convert", str(source), str(out), *WORDS, *words]
 
 
-def signalled(name, number, *words):
-    """A conversion that sends itself a signal; see `SIGNALLED`."""
-    return subprocess.run([sys.executable, "-c", SIGNALLED, name, number, *words], capture_output=True, text=True)
+def signalled(name, number, words):
+    """The program, which sends itself a signal when the first file that begins so is to get its name."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background of a shell does not heed it
+
+    def hook(event, arguments):
+        if event == "os.rename" and os.path.basename(arguments[0]).startswith(name):
+            os.kill(os.getpid(), number)
+
+    sys.addaudithook(hook)
+    return main(words)
 
 
 def fingerprint(folder):
@@ -61,12 +59,12 @@ def whole(source, tmp_path_factory):
 def test_killed_again_and_again(tmp_path, source, whole):
     """In the survey, between two layers, and when the output takes its place; what is killed holds no lock any more."""
     for name in ("gradient-0002", "layer-0003", "output"):
-        killed = signalled(name, "SIGKILL", *command(source, tmp_path / "out")[3:])
-        assert killed.returncode == -9, killed.stderr[-2000:]
+        code, said = run_apart(tmp_path / "log", signalled, name, signal.SIGKILL, command(source, tmp_path / "out"))
+        assert code == -9, said[-2000:]
         assert not (tmp_path / "out").exists() and (tmp_path / ".out.incomplete" / "lock").exists()
     convert(source, str(tmp_path / "out"), **OPTIONS)
     assert fingerprint(tmp_path / "out") == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "out"]
 
 
 @pytest.mark.parametrize("stage", ["survey", "convert_attention", "write_model"])
@@ -96,12 +94,13 @@ def test_interrupted_in_any_stage(tmp_path, monkeypatch, source, whole, stage):
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path, source):
-    done = signalled("layer-0002", "SIGINT", *command(source, tmp_path / "out", "--restart")[3:])
-    assert done.returncode == 130, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    line = next(line for line in done.stderr.splitlines() if "interrupted; to go on: hf-mla convert" in line)
+    words = command(source, tmp_path / "out", "--restart")
+    code, said = run_apart(tmp_path / "log", signalled, "layer-0002", signal.SIGINT, words)
+    assert code == 130, said[-2000:]
+    assert "Traceback" not in said
+    line = next(line for line in said.splitlines() if "interrupted; to go on: hf-mla convert" in line)
     assert "--restart" not in line
-    assert [path.name for path in tmp_path.iterdir()] == [".out.incomplete"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.incomplete", "log"]
 
 
 def interrupted(tmp_path, monkeypatch, source):
@@ -148,13 +147,20 @@ def test_full_disk_keeps_what_is_done(tmp_path, monkeypatch, source, whole):
     assert fingerprint(tmp_path / "out") == whole
 
 
+def on_one_thread(words):
+    torch.set_num_threads(1)
+    return main(words)
+
+
 def test_two_processes_write_the_same_bytes(tmp_path, source):
     """Each converts every second layer; all on one thread, since rounding depends on their number."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    code, said = run_apart(tmp_path / "log", on_one_thread, command(source, tmp_path / "one", "--json"))
+    assert code == 0, said[-2000:]
     # What `accelerate launch` starts for several GPUs; on a CPU it starts one process, whatever it is asked for.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    for words in (command(source, tmp_path / "one", "--json"), [*launch, *command(source, tmp_path / "two", "--json")[2:]]):
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count('"output"') == 1
+    words = [*launch, "hf_mla_conversion.cli", *command(source, tmp_path / "two", "--json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert said.count('"output"') == done.stdout.count('"output"') == 1
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
