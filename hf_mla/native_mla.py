@@ -27,7 +27,7 @@ import transformers
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mla import absorb_if_cheaper, is_quantized
@@ -106,8 +106,8 @@ def prepare(model: PreTrainedModel) -> None:
         )
     for attention in classes:
         defer(attention)
-    for part in parts:
-        if part.config is text and share_ranges not in part._forward_pre_hooks.values():
+    for part in parts:  # on the decoder alone: a hook on what `generate` compiles would run in Python, outside of the compiled step
+        if part.config is text and not part.can_generate() and share_ranges not in part._forward_pre_hooks.values():
             part.register_forward_pre_hook(share_ranges, with_kwargs=True)
     for key in model.config.sub_configs:  # vision and sound, which are built after this, have the library's choice
         config: Any = getattr(model.config, key, None)
@@ -293,10 +293,20 @@ def named(base: str) -> str:
     """The name of our implementation over a base, which is registered with the base's masks."""
     name = NAME if base == "sdpa" else f"{NAME}|{base}"
     AttentionInterface.register(name, attend)
-    AttentionMaskInterface.register(name, whole_mask if base == "eager" else ALL_MASK_ATTENTION_FUNCTIONS[base])
+    AttentionMaskInterface.register(name, {"sdpa": step_mask, "eager": whole_mask}.get(base) or ALL_MASK_ATTENTION_FUNCTIONS[base])
     return name
 
 
-def whole_mask(*args: Any, **kwargs: Any) -> Any:
+def step_mask(**kwargs: Any) -> Any:
+    """The library's `sdpa_mask`; that of a step over a static cache in a third of the operations, for which a GPU has to wait."""
+    tokens, seen, mask = kwargs["kv_length"], kwargs.get("q_offset"), kwargs.get("attention_mask")
+    plain = kwargs["q_length"] == 1 and not kwargs.get("kv_offset") and kwargs.get("mask_function") is causal_mask_function
+    if not (plain and isinstance(seen, torch.Tensor) and mask is not None):
+        return sdpa_mask(**kwargs)
+    mask = nn.functional.pad(mask, [0, tokens - mask.shape[1]])  # [B, S]; of tokens beyond the cache, nothing is left
+    return (mask & (torch.arange(tokens, device=mask.device) <= seen))[:, None, None]
+
+
+def whole_mask(**kwargs: Any) -> Any:
     """The mask that the library's eager attention gets as numbers, before it becomes these: the kernel reads true and false."""
-    return sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    return step_mask(**kwargs | {"allow_is_causal_skip": False})

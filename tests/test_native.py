@@ -14,13 +14,14 @@ from conftest import MODEL, make_mla
 from native_models import IDS, LENGTH, PADDED, PROMPT, REFUSED, TYPES, absorbing, config_and_class, greedy, native, read, said, ways
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, flash_attention_mask, sdpa_mask
 
 import hf_mla
 from hf_mla import attention_mla, cache_of
 from hf_mla.attention_mla import absorbed_attention
 from hf_mla.cache_mla import CACHE_NAME
 from hf_mla.configuration_mla import release
+from hf_mla.native_mla import share_ranges
 
 
 @pytest.mark.mode(
@@ -259,6 +260,34 @@ def test_layers_share_the_range_of_a_mask(name, monkeypatch):
         assert kernel.call_count >= 1 == ranges.call_count
     assert ranges.call_count == len({id(call.args[5]) for call in kernel.call_args_list})
     assert all(call.args[6] is ranges.return_value for call in kernel.call_args_list)
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name not in REFUSED])
+def test_what_generate_compiles_has_no_hook(name):
+    """It would run in Python at every step: the compiled call begins within the hooks of the module that is called."""
+    model = absorbing(name)
+    hooked = [module for module in model.modules() if share_ranges in module._forward_pre_hooks.values()]
+    assert [hasattr(module, "layers") for module in hooked] == [True] and hooked != [model]
+
+
+@pytest.mark.parametrize("attention", ["hf_mla", "hf_mla|eager"])
+def test_mask_of_a_step(attention):
+    """The library's own, from fewer operations."""
+    config = copy.deepcopy(config_and_class("deepseek_v3")[0])
+    config._attn_implementation = attention
+    mask = AttentionMaskInterface()[attention]
+    for seen, length in (3, 4), (4, 5), (4, 8), (7, 8), (7, 9):
+        padding = torch.ones(2, length, dtype=torch.bool)
+        padding[0, :3] = False
+        sizes = {"batch_size": 2, "q_length": 1, "kv_length": 8, "q_offset": torch.tensor(seen), "kv_offset": 0}
+        given = sizes | {"mask_function": causal_mask_function, "attention_mask": padding, "allow_is_causal_skip": False}
+        results, operations = [], []
+        for make in sdpa_mask, mask:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                results.append(make(**given, config=config))
+            operations.append(sum(event.name.startswith("aten::") for event in profile.events()))
+        assert torch.equal(*results) and results[0].stride() == results[1].stride()
+        assert operations[1] < operations[0] / 2
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, where a split is empty
