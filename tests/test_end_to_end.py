@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import signal
 from pathlib import Path
@@ -15,6 +16,7 @@ from hf_mla_conversion.commands import convert as converter_module
 from hf_mla_conversion.mathematics.distill import DistillationTrainer
 from hf_mla_conversion.source.checkpoint import load_file
 from hf_mla_conversion.source.text import read_text
+from hf_mla_conversion.stages.end_to_end import tokens_of_each
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
@@ -159,6 +161,14 @@ def test_a_training_that_gains_nothing_is_left_out(tmp_path, source, monkeypatch
     assert stages[0].history[0]["perplexity"] == pytest.approx(layers.perplexity.converted, rel=1e-4)
     before, written = (load_file(tmp_path / name / "model.safetensors") for name in ("layers", "worse"))
     assert all(torch.equal(written[name], before[name]) for name in before)
+
+
+def test_short_texts_are_read_often_but_not_too_often():
+    assert tokens_of_each([5_000_000, math.inf], 10_000_000) == [5_000_000, 5_000_000]
+    assert tokens_of_each([336_000, math.inf], 16_000_000) == [2_688_000, 13_312_000]
+    assert tokens_of_each([math.inf, 100, 1000], 30_000) == [21_200, 800, 8000]
+    assert tokens_of_each([100, 200], 30_000) == [800, 1600]
+    assert tokens_of_each([100], 0) == [0]
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):
