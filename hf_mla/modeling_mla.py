@@ -35,9 +35,10 @@ from transformers.models.mistral.modeling_mistral import (
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
-from .cache_mla import CACHE_NAME, prepare_latent_cache, prepare_latent_pages
+from .cache_mla import CACHE_NAME, prepare_latent_cache
 from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig
 from .layer_mla import MLAAttention
+from .pages_mla import prepare_latent_pages
 
 
 class LatentCacheGenerationMixin(GenerationMixin):

@@ -31,8 +31,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_mla import absorb_if_cheaper, is_quantized
-from .cache_mla import configured, dequantize, prepare_latent_cache, prepare_latent_pages
+from .cache_mla import dequantize, prepare_latent_cache
 from .configuration_mla import release
+from .pages_mla import configured, prepare_latent_pages
 
 
 NAME = "hf_mla"

@@ -161,8 +161,8 @@ def convert(
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     share = tokens // len(names)
-    own = max(share, heal_tokens // TIMES_READ) if OWN_TEXT in names else 0  # at most
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, own)
+    most_own = max(share, heal_tokens // TIMES_READ) if OWN_TEXT in names else 0
+    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, most_own)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
     if max_ratio is not None:

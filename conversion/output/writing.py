@@ -29,7 +29,7 @@ from .reports import ConvertReport
 logger = logging.getLogger(__name__)
 
 # The code that travels with a checkpoint; tests hold that these are the files that `save_pretrained` copies.
-REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
+REMOTE_FILES = ("configuration_mla.py", "cache_mla.py", "pages_mla.py", "attention_mla.py", "layer_mla.py", "modeling_mla.py")
 GENERATION = "generation_config.json"
 # What goes with a checkpoint beside weights and configuration: files, and whole folders.
 CARRIED = [
