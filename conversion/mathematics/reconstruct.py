@@ -28,6 +28,7 @@ NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
 RATE = 0.08  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
 LATENT_RATE = 2.0  # times that, for the projection to the latent
 MOMENTUM = 0.85
+FIRST_SHARE = float(__import__("os").environ.get("FIRST", "0.1"))  # of the error, for tokens that come first in a sequence
 WARMUP = 0.05  # share of the steps
 SNAPSHOTS = (0.5, 0.75)  # shares of the steps after which a layer may already be at its best
 
@@ -41,10 +42,19 @@ class LayerTask:
         states: hidden states that enter it, [windows, tokens, D], anywhere.
         position_embeddings: of the converted layer, for one sequence.
         device: where to compute.
+        first: the same layer on tokens that come first in a sequence.
     """
 
-    def __init__(self, layer: Any, call: dict, states: Tensor, position_embeddings: Any, device: torch.device) -> None:
-        self.layer, self.call, self.states, self.device = layer, call, states, device
+    def __init__(
+        self,
+        layer: Any,
+        call: dict,
+        states: Tensor,
+        position_embeddings: Any,
+        device: torch.device,
+        first: "LayerTask | None" = None,
+    ) -> None:
+        self.layer, self.call, self.states, self.device, self.first = layer, call, states, device, first
         self.position_embeddings = position_embeddings
         self.wide = torch.promote_types(states.dtype, torch.float32)
         # The weights that are fitted are wider than bfloat16; what is computed with them need not be.
@@ -78,15 +88,26 @@ class LayerTask:
 
     @torch.no_grad()
     def fit_output(self, mla: MLAAttention, parts: Iterable[Tensor]) -> None:
-        """Fit `o_proj` by weighted least squares on some windows, given in batches, in place."""
+        """Fit `o_proj` by weighted least squares on some windows, given in batches, and on all first tokens, in place."""
         fit = OutputFit(mla.o_proj.weight)
+        energy = self.add_rows(fit, mla, parts, None)
+        if self.first is not None:
+            self.first.add_rows(fit, mla, torch.arange(len(self.first.states)).split(1), FIRST_SHARE * energy)
+        mla.o_proj.weight.copy_(fit.solve())
+
+    def add_rows(self, fit: OutputFit, mla: MLAAttention, parts: Iterable[Tensor], share: float | None) -> float:
+        """Let a fit take in some windows, given in batches; returns their weighted energy, which is made `share` if that is given."""
         heads: list[Tensor] = []
+        total = 0.0
         with hooks([mla.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]):
             for part in parts:
                 x, y, w = self.batch(part)
                 residual = y - self.output(mla, x)
+                if share is not None:
+                    w = w * (share / (y.square() * w).sum() / len(self.states))
+                total += (y.square() * w).double().sum().item()
                 fit.add(heads.pop() * w.sqrt(), residual * w.sqrt())
-        mla.o_proj.weight.copy_(fit.solve())
+        return total
 
 
 def shuffled(windows: Tensor, size: int, steps: int, seed: int) -> Tensor:
@@ -141,12 +162,17 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Te
     looks = {math.ceil(share * steps) for share in (*SNAPSHOTS, 1.0)}
     best: tuple[float, int, dict[str, Tensor]] = (math.inf, 0, {})
     energy: Any = None
+    if task.first is not None:
+        firsts = shuffled(torch.arange(len(task.first.states)), max(1, order.shape[1] * task.states.shape[1] // 16 // task.first.states.shape[1]), steps, 0)
     for step, windows in enumerate(order, 1):
         x, y, w = task.batch(windows)
         if energy is None:
             energy = (y.square() * w).mean().clamp_min(torch.finfo(torch.float32).tiny)
         with torch.enable_grad():
             loss = ((task.output(mla, x) - y).square() * w).mean() / energy
+            if task.first is not None:
+                x, y, w = task.first.batch(firsts[step - 1])
+                loss = loss + FIRST_SHARE * ((task.first.output(mla, x) - y).square() * w).sum() / (y.square() * w).sum()
             loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

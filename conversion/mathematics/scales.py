@@ -20,11 +20,13 @@ class Scale:
     """Of a reconstruction step, or one sequence."""
     batch: int
     """Of a pass without training, or one sequence."""
+    first: int
+    """Different tokens that are seen as the first of a sequence, at most."""
     fit: int
     """For least squares; few would undo a part of a long reconstruction."""
 
 
 SCALES = {
-    "cuda": Scale(calibration=1 << 21, window=2048, step=1 << 14, batch=8192, fit=1 << 18),
-    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, fit=1 << 15),
+    "cuda": Scale(calibration=1 << 21, window=2048, step=1 << 14, batch=8192, first=1 << 14, fit=1 << 18),
+    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, first=1 << 12, fit=1 << 15),
 }

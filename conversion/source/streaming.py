@@ -85,6 +85,10 @@ class LayerStream:
 
     def record_calls(self, window: int) -> None:
         """Set `calls` for sequences of so many tokens."""
+        self.calls = self.calls_for(window)
+
+    def calls_for(self, window: int) -> list[dict[str, Any]]:
+        """What each layer is called with, besides hidden states, for sequences of so many tokens."""
         calls: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -93,7 +97,7 @@ class LayerStream:
 
         with self.layers_doing(*[record] * len(self)), torch.no_grad():
             self.decoder(inputs_embeds=self.zeros(window), use_cache=False)
-        self.calls = calls
+        return calls
 
     def zeros(self, tokens: int) -> Tensor:
         """Hidden states of one sequence, of no meaning."""

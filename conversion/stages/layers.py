@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.moments import LayerMoments, second_moment
-from ..mathematics.reconstruct import NORM_EPS, LayerTask, interleaved, mixed, reconstruct
+from ..mathematics.reconstruct import FIRST_SHARE, NORM_EPS, LayerTask, interleaved, mixed, reconstruct
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
@@ -41,6 +41,7 @@ from ..source.streaming import LayerStream, allocate
 
 logger = logging.getLogger(__name__)
 
+FIRST_LENGTH = 256
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.03  # of the error that a split is tried with: another text changes as much
@@ -103,6 +104,12 @@ class Job:
         self.more = [windows.reshape(-1, window) for windows in self.more]
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
+        length = min(FIRST_LENGTH, window)
+        alone = torch.eye(length, dtype=torch.bool, device=self.device)[None, None]  # each token sees itself: as if it came first
+        self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
+        tokens = self.windows.unique()
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))][: self.scale.first]
+        self.firsts = tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
         self.batch = max(1, self.scale.batch // window)  # windows
         places = torch.arange(len(self.windows)).split([len(windows) for windows in self.texts.values()])
         held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
@@ -179,11 +186,15 @@ class Job:
         size_folder(self.folder, config).mkdir(exist_ok=True)
         states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
         self.stream.embed(self.windows, states)
+        firsts = torch.empty(*self.firsts.shape, config.hidden_size, dtype=self.stream.dtype, device=self.device)
+        self.stream.embed(self.firsts, firsts)
         stored = stored_type(config)
         for index in tqdm(range(len(self.stream)), desc="converting", unit="layer"):
             with self.stream.layer(index) as layer:
                 if not done[index] and index % processes.num_processes == processes.process_index:
-                    mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps)
+                    mla, report, spectrum = self.convert_layer(
+                        index, layer, states, config, self.train, self.held, self.steps, firsts
+                    )
                     metadata = {
                         "report": json.dumps(asdict(report)),
                         "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
@@ -195,9 +206,18 @@ class Job:
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
                     save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
+                advance(layer, self.alone[index], firsts, 1, self.device)
 
     def convert_layer(
-        self, index: int, layer: Any, states: Tensor, config: Any, train: list[Tensor], held: dict[str, Tensor], steps: int
+        self,
+        index: int,
+        layer: Any,
+        states: Tensor,
+        config: Any,
+        train: list[Tensor],
+        held: dict[str, Tensor],
+        steps: int,
+        firsts: Tensor | None = None,
     ) -> tuple[MLAAttention, LayerReport, Tensor]:
         """Convert one layer. Kept is what has the least error on held-back text: the fit, at its end or before, or the closed form.
 
@@ -216,13 +236,20 @@ class Job:
         rotary = type(self.stream.rotary)(config=config).to(self.device)
         call = self.stream.calls[index]
         position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
-        task = LayerTask(layer, call, states, position_embeddings, self.device)
+        first = None
+        if firsts is not None and FIRST_SHARE:
+            cut = tuple(part[:, : firsts.shape[1]] for part in position_embeddings)
+            first = LayerTask(layer, self.alone[index], firsts, cut, self.device)
+        task = LayerTask(layer, call, states, position_embeddings, self.device, first)
         window = states.shape[1]
         fit = interleaved(train)[: max(1, self.scale.fit // window)].split(self.batch)
         judges = torch.cat(list(held.values())).split(self.batch)
         moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
         for part in fit:
             moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
+        if first is not None:
+            for part in torch.arange(len(firsts)).split(1):
+                moment += FIRST_SHARE * second_moment(first.batch(part)[0]) / firsts[..., 0].numel()
         mla, spectrum = convert_attention(
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
