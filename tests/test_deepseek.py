@@ -224,6 +224,7 @@ def test_a_frequency_that_is_not_scaled_is_no_reason():
 def test_which_widths_engines_take(widths, vllm, sglang):
     refused = engine_refusals(Widths(*widths))
     assert {name: reason is None for name, reason in refused.items()} == {"vllm": vllm, "sglang": sglang}
+    assert all(("--pad engine" in reason) is (widths[1] <= 64) for reason in refused.values() if reason)
 
 
 @torch.no_grad()
@@ -305,6 +306,19 @@ def test_nothing_half_written(tmp_path, monkeypatch):
             export(out, str(tmp_path / dest), format="deepseek_v3", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "there"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
+
+
+@torch.no_grad()
+def test_settings_of_generate(tmp_path):
+    """They come along, but for a cache of quantized latents, which only our classes have."""
+    out = make_converted(tmp_path / "out")
+    settings = {"eos_token_id": [1, 7], "temperature": 0.7, "do_sample": True}
+    cache = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+    for more in ({}, cache):
+        (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings | more))
+        export(out, str(tmp_path / "dest"), format="deepseek_v3", overwrite=True)
+        assert json.loads((tmp_path / "dest" / "generation_config.json").read_text()) == settings
+    deepseek(tmp_path / "dest", torch.float32).generate(IDS, max_new_tokens=2)
 
 
 def test_tensors_come_one_by_one(tmp_path):
