@@ -132,7 +132,7 @@ class DeepseekV3Export:
             self.headers[name] = TensorHeader(tuple(self.change(name, empty).shape), stored.dtype)
 
     def epsilon_counts(self, layer: int) -> bool:
-        """Whether a layer's latents do not by far outweigh the epsilon of their norm, for inputs that go in all directions alike."""
+        """Whether a layer's latents do not by far outweigh their norm's epsilon, for inputs that go in all directions alike."""
         norm, down = (f"model.layers.{layer}.{name}.weight" for name in ("input_layernorm", "self_attn.kv_a_proj_with_mqa"))
         weights = self.checkpoint.load([norm, down], "cpu")
         latents = (weights[down][: self.model.kv_lora_rank].double() * weights[norm].double()).square().sum()
