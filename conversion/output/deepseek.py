@@ -113,6 +113,8 @@ class DeepseekV3Export:
         widths: of the export, none smaller than the model's.
     """
 
+    latent_eps: float | None = LIBRARY_EPS
+    """What every reader takes for the epsilon of the latents' norm; None where it is the one of all norms."""
     headers: dict[str, TensorHeader]
     """What `load` gives, by name."""
     identity: list[bool]
@@ -122,7 +124,7 @@ class DeepseekV3Export:
     def __init__(self, checkpoint: ModelCheckpoint, widths: Widths) -> None:
         self.checkpoint, self.model, self.widths = checkpoint, checkpoint.config, widths
         self.identity = [self.epsilon_counts(layer) for layer in range(self.model.num_hidden_layers)]
-        self.eps = LIBRARY_EPS if any(self.identity) else self.model.rms_norm_eps
+        self.eps = (self.latent_eps if any(self.identity) else None) or self.model.rms_norm_eps
         self.residual = math.sqrt(self.eps / self.model.rms_norm_eps)
         tensors = checkpoint.tensors
         types = {header: getattr(torch, name) for name, header in DTYPES.items()}
