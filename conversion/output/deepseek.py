@@ -135,10 +135,10 @@ class DeepseekV3Export:
 
     def epsilon_counts(self, layer: int) -> bool:
         """Whether a layer's latents do not by far outweigh their norm's epsilon, for inputs that go in all directions alike."""
-        norm, down = (f"model.layers.{layer}.{name}.weight" for name in ("input_layernorm", "self_attn.kv_a_proj_with_mqa"))
-        weights = self.checkpoint.load([norm, down], "cpu")
-        latents = (weights[down][: self.model.kv_lora_rank].double() * weights[norm].double()).square().sum()
-        return latents.item() / self.model.kv_lora_rank < 1000 * self.model.kv_a_layernorm_eps
+        names = (f"model.layers.{layer}.{module}.weight" for module in ("input_layernorm", "self_attn.kv_a_proj_with_mqa"))
+        norm, down = (self.checkpoint.load([name], "cpu", torch.float64)[name] for name in names)
+        latents = (down[: self.model.kv_lora_rank] * norm).square().sum().item()
+        return latents / self.model.kv_lora_rank < 1000 * self.model.kv_a_layernorm_eps
 
     def latent_factor(self, layer: int) -> float:
         """What a layer's latents are multiplied by before their norm."""
