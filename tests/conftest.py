@@ -15,7 +15,6 @@ import transformers
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
