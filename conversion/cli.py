@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .output.tables import bench_table, convert_table, demo_table, heal_table, plan_table, rows, verify_table
+from .output.tables import bench_table, convert_table, demo_table, heal_table, plan_table, refresh_table, rows, verify_table
 from .source.families import QK_NORM_VARIANTS
 
 
@@ -219,6 +219,10 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("--plot", metavar="FILE", help="draw a conversion's spectra and errors to a .png, .svg or .pdf file")
     add_revision(info)
 
+    refresh = command("refresh", run_refresh, "bring code and configuration in an older converted checkpoint up to this version")
+    refresh.add_argument("out", metavar="OUT", help="folder of a converted checkpoint; what is replaced is kept in it")
+    refresh.add_argument("--dry-run", action="store_true", default=None, help="only say which files would change, and why")
+
     command("env", run_env, "print versions and devices, for a bug report")
     return top
 
@@ -364,6 +368,15 @@ def run_info(options: dict[str, Any], as_json: bool) -> int:
 
     result = info(**given(options))
     show(result, as_json, lambda: rows(result))
+    return 0
+
+
+def run_refresh(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla refresh`."""
+    from .commands.refresh import refresh
+
+    result = refresh(**given(options))
+    show(result, as_json, lambda: refresh_table(result))
     return 0
 
 

@@ -227,6 +227,30 @@ class BenchReport(BenchContext):
 
 
 @dataclass(frozen=True)
+class FileChange:
+    """A file that an older checkpoint should have otherwise."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """The result of `refresh`; the field names are the JSON keys."""
+
+    output: str
+    version: str
+    """Of hf_mla as it is installed."""
+    version_before: str
+    """That config.json named."""
+    changes: list[FileChange]
+    """In the order in which they are made."""
+    backup: str | None = None
+    """The folder with what was replaced; None if nothing was."""
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
 class Generation:
     """What one model wrote, and what its cache held at the end."""
 
