@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .output.tables import bench_table, convert_table, demo_table, heal_table, plan_table, refresh_table, rows, verify_table
+from .output.tables import (
+    bench_table,
+    convert_table,
+    demo_table,
+    export_table,
+    heal_table,
+    plan_table,
+    refresh_table,
+    rows,
+    verify_table,
+)
 from .source.families import QK_NORM_VARIANTS
 
 
@@ -202,6 +212,14 @@ def parser() -> argparse.ArgumentParser:
     add_trust(heal)
     heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
+    export = command("export", run_export, "write a converted model in a layout that serving engines have of their own")
+    export.add_argument("out", metavar="OUT", help="converted checkpoint")
+    export.add_argument("dest", metavar="DEST", help="folder to write")
+    export.add_argument("--format", required=True, metavar="F", help="deepseek_v3, for Transformers, vLLM and SGLang without code")
+    export.add_argument("--pad", metavar="P", help="auto: widths as they are; engine: filled up to 512 + 64, heads of 128 (auto)")
+    export.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
+    add_trust(export)
+
     bench = command("bench", run_bench, "time decoding with a converted model and with its source")
     bench.add_argument("out", metavar="OUT", help="converted checkpoint; or a model that has MLA by itself, without --against")
     bench.add_argument("--against", metavar="SOURCE", help="what OUT was converted from: folder, .gguf file or Hub id")
@@ -350,6 +368,19 @@ def run_heal(options: dict[str, Any], as_json: bool) -> int:
     result: Any = heal(**given(options))
     if result.output or options.get("dry_run"):  # of several processes, the main one knows the result
         show(result, as_json, lambda: heal_table(result))
+    return 0
+
+
+def run_export(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla export`."""
+    from .commands.export import export
+
+    result = export(**given(options))
+    if result.refused is not None:
+        if as_json:
+            show(result, as_json, str)
+        raise UserError(f"{options['out']} cannot be exported as {result.format}: {result.refused}")
+    show(result, as_json, lambda: export_table(result))
     return 0
 
 

@@ -22,6 +22,21 @@ def with_sides(measures: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Of the attention of a model with MLA, by DeepSeek's names."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def kv_floats_per_token_per_layer(self) -> int:
+        """Numbers that one layer caches for one token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """The result of `plan`; the field names are the JSON keys. Of an unsupported model only the first three are set."""
 
@@ -37,6 +52,10 @@ class PlanReport:
     peak_memory_bytes: int | None = None
     bytes_read: int | None = None
     bytes_written: int | None = None
+    exports: dict[str, str | None] = field(default_factory=dict)
+    """For each format of `export`, why the converted model cannot be written in it, or None."""
+    engine_kv_floats_per_token_per_layer: int | None = None
+    """What an export with `pad` "engine" caches; None where there can be none."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,24 @@ class HealReport:
     """`step` with `divergence` (nats per position) and `tokens_per_second`, or with `perplexity` on held-back text."""
     verify: VerifyReport | None = None
     """The result against the source, on held-back text."""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The result of `export`; the field names are the JSON keys. Of a refused checkpoint only the first two are set."""
+
+    format: str
+    refused: str | None
+    """Why the format cannot hold the model; then nothing was written."""
+    tensors: int | None = None
+    bytes_written: int | None = None
+    padded: Widths | None = None
+    """Widths of what was written."""
+    kv_floats_per_token_per_layer: PerSide | None = None
+    """Of the checkpoint that was given, and of what was written."""
+    engines: dict[str, str | None] = field(default_factory=dict)
+    """For each engine, why its own class does not take such widths, or None."""
     output: str = ""
 
 
