@@ -214,9 +214,10 @@ def parser() -> argparse.ArgumentParser:
 
     export = command("export", run_export, "write a converted model in a layout that serving engines have of their own")
     export.add_argument("out", metavar="OUT", help="converted checkpoint")
-    export.add_argument("dest", metavar="DEST", help="folder to write")
-    export.add_argument("--format", required=True, metavar="F", help="deepseek_v3, for Transformers, vLLM and SGLang without code")
+    export.add_argument("dest", metavar="DEST", help="folder to write, or .gguf file")
+    export.add_argument("--format", required=True, metavar="F", help="deepseek_v3, for engines that have it; gguf, for llama.cpp")
     export.add_argument("--pad", metavar="P", help="auto: widths as they are; engine: filled up to 512 + 64, heads of 128 (auto)")
+    export.add_argument("--outtype", metavar="T", help="numbers of a .gguf file: f32, bf16, f16 or q8_0 (what OUT stores)")
     export.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
     add_trust(export)
 

@@ -63,7 +63,7 @@ def refusal(config: Any) -> str | None:
 
 
 # By what `--format` takes.
-FORMATS: dict[str, Callable[[Any], str | None]] = {"deepseek_v3": refusal}
+FORMATS: dict[str, Callable[[Any], str | None]] = {"deepseek_v3": refusal, "gguf": refusal}
 
 
 def possible_exports(config: Any) -> dict[str, str | None]:
@@ -112,6 +112,8 @@ class DeepseekV3Export:
         widths: of the export, none smaller than the model's.
     """
 
+    latent_eps: float | None = LIBRARY_EPS
+    """What every reader takes for the epsilon of the latents' norm; None where it is the one of all norms."""
     headers: dict[str, TensorHeader]
     """What `load` gives, by name."""
     identity: list[bool]
@@ -123,7 +125,7 @@ class DeepseekV3Export:
         norms = [f"model.layers.{layer}.self_attn.kv_a_layernorm.weight" for layer in range(self.model.num_hidden_layers)]
         weights = checkpoint.load(norms, "cpu")
         self.identity = [norm_is_identity(weights[name], self.model.kv_a_layernorm_eps) for name in norms]
-        self.eps = LIBRARY_EPS if any(self.identity) else self.model.rms_norm_eps
+        self.eps = (self.latent_eps if any(self.identity) else None) or self.model.rms_norm_eps
         self.residual = math.sqrt(self.eps / self.model.rms_norm_eps)
         self.norms = [self.latent_factors(weights[name], same) for name, same in zip(norms, self.identity, strict=True)]
         tensors = checkpoint.tensors
