@@ -9,6 +9,7 @@
 * Layers in closed form have latents that other types than float32 and bfloat16 lose; there the projection to them keeps these.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from .deepseek import HEAD, DeepseekV3Export, widths_of
 from .folder import lies_in
 from .gguf_vocabulary import Vocabulary, vocabulary
 from .reports import ExportReport, PerSide
+from .tables import size
 from .writing import generation_settings
 
 
@@ -154,6 +156,9 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
         count = bytes_of(shape, kind)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=kind)
         written, tensors = written + count, tensors + 1
+    free = shutil.disk_usage(path.parent).free
+    if free < written:
+        raise UserError(f"{path.parent} has {size(free)} free, the file takes {size(written)}; make room or write elsewhere")
     partial = path.with_name(f".{path.name}.partial")
     try:
         try:
@@ -165,6 +170,7 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
             writer.close()
             partial.replace(path)
         finally:
+            writer.close()
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {dest}: {error.strerror or error}; nothing is kept") from None
