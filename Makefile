@@ -9,9 +9,9 @@ CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tes
   tests/test_export.py tests/test_heads.py tests/test_remote_code.py tests/test_continuous.py
 # As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-test test-versions test-newest: export OMP_NUM_THREADS ?= 1
+test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check style test-versions test-newest clean
+.PHONY: demo test check style test-versions test-newest test-llamacpp clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,15 @@ test-versions: $(VERSIONS:%=install-%)  ## all tests on each supported version
 test-newest: install-newest  ## the core, on a version that may have appeared since the last change here
 	$(VENV)-newest/bin/pip list --disable-pip-version-check | grep '^transformers '
 	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
+
+# llama.cpp as a wheel, in an environment of its own.
+$(VENV)-llamacpp/ready:
+	$(PYTHON) -m venv $(VENV)-llamacpp
+	$(VENV)-llamacpp/bin/pip install --quiet --disable-pip-version-check --only-binary :all: cyllama==0.2.18 numpy
+	touch $@
+
+test-llamacpp: $(VENV)/ready $(VENV)-llamacpp/ready  ## .gguf exports in llama.cpp itself
+	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) $(BIN)/python -m pytest -q tests/engines/test_llamacpp.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

@@ -51,7 +51,8 @@ def byte_level(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = lzma.open(BUNDLED / "validation.txt.xz", "rt").read()[:200_000]
+    with lzma.open(BUNDLED / "validation.txt.xz", "rt", encoding="utf-8") as file:
+        text = file.read(200_000)
     tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
     spec = json.loads(tokenizer.to_str())
     spec["model"]["ignore_merges"], spec["normalizer"] = ignore_merges, normalizer

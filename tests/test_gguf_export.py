@@ -1,4 +1,4 @@
-"""A .gguf file of a converted model: what llama.cpp would read there is the model, and the tokenizer is named only if it is known."""
+"""A .gguf file of a converted model holds the model, as llama.cpp would read it; the tokenizer is carried only if it is known."""
 
 import errno
 import json
