@@ -321,17 +321,19 @@ def test_tensors_come_one_by_one(tmp_path):
 
 
 def test_plan_and_convert_say_what_can_be_exported(tmp_path, capsys, converted):
-    assert plan(MODEL).exports == converted[1].exports == {"deepseek_v3": None}
+    assert plan(MODEL).exports == {"deepseek_v3": None, "gguf": None}
+    assert converted[1].exports["deepseek_v3"] is None
+    assert "its tokenizer splits text in a way" in converted[1].exports["gguf"]  # which `plan` does not look at
     assert plan(MODEL).engine_kv_floats_per_token_per_layer == 576
     code, printed, _ = run(capsys, "plan", MODEL)
     assert code == 0
-    assert "deepseek_v3; --pad engine would cache 576 numbers, the source 192: nothing saved" in printed
+    assert "deepseek_v3; gguf; --pad engine would cache 576 numbers, the source 192: nothing saved" in printed
     source = make_source(tmp_path / "source", "Qwen3", num_key_value_heads=4, head_dim=128)
     assert "--qk-norm fold" in plan(source).exports["deepseek_v3"]
     assert plan(source).engine_kv_floats_per_token_per_layer is None
-    assert plan(source, qk_norm="fold").exports == {"deepseek_v3": None}
+    assert set(plan(source, qk_norm="fold").exports.values()) == {None}
     code, printed, _ = run(capsys, "plan", source, "--qk-norm", "fold")
-    assert printed.splitlines()[-1].split() == ["export", "deepseek_v3"]
+    assert printed.splitlines()[-1].split() == ["export", "deepseek_v3;", "gguf"]
     code, printed, _ = run(capsys, "plan", make_source(tmp_path / "rope", rope_parameters=LLAMA3_ROPE))
     assert "not as deepseek_v3: rope type llama3 scales the frequencies" in printed
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM,
 from hf_mla_conversion import UserError, export
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.output.gguf import encoded
-from hf_mla_conversion.output.gguf_vocabulary import vocabulary
+from hf_mla_conversion.output.gguf_vocabulary import tokenizer_refusal, vocabulary
 from hf_mla_conversion.source.checkpoint import Checkpoint
 
 
@@ -169,7 +169,7 @@ def test_tensors_are_read_one_at_a_time_and_quantized_in_parts(tmp_path, tokeniz
 def test_pre_tokenizers_have_llamacpps_names(name):
     _, splits, ignore_merges = SPLITS[name]
     nfc = {"type": "NFC"} if name == "qwen2" else None
-    words = vocabulary(byte_level(splits(), ignore_merges, size=300, normalizer=nfc), 310, [1], "it")
+    words = vocabulary(byte_level(splits(), ignore_merges, size=300, normalizer=nfc), 310, [1])
     assert words.pre == name and len(words.tokens) == 310 and words.tokens[309] == "[PAD309]"
 
 
@@ -203,7 +203,7 @@ def test_tokens_have_their_types_and_meanings(tmp_path, tokenizer):
 
 
 def test_a_text_begins_and_ends_as_the_tokenizer_has_it(tmp_path, tokenizer):
-    words = vocabulary(tokenizer, 1000, [], "it")
+    words = vocabulary(tokenizer, 1000, [])
     assert (words.add_bos, words.add_eos, words.ids) == (False, False, {"bos": 0, "eos": 1, "pad": 2})
 
 
@@ -234,9 +234,17 @@ def unknown_tokenizer(kind):
 @pytest.mark.parametrize("kind", ["pattern", "merges", "normalizer", "sentencepiece", "spaces", "many", "template"])
 def test_other_tokenizers_are_refused(kind):
     given, message = unknown_tokenizer(kind)
-    with pytest.raises(UserError, match=f"it cannot be exported as gguf: its tokenizer {message}") as error:
-        vocabulary(given, 5000 if kind == "pattern" else 310, [1], "it")
-    assert "\n" not in str(error.value)
+    reason = tokenizer_refusal(given, 5000 if kind == "pattern" else 310)
+    assert reason.startswith(f"its tokenizer {message}") and "\n" not in reason
+
+
+def test_a_tokenizer_is_refused_before_any_work(tmp_path, capsys):
+    folder, _ = make(tmp_path / "mla", AutoTokenizer.from_pretrained(MODEL), vocab_size=4096)
+    assert main(["export", folder, str(tmp_path / "m.gguf"), "--format", "gguf", "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["refused"].startswith("its tokenizer splits text")
+    assert printed.err.startswith(f"hf-mla: {folder} cannot be exported as gguf: its tokenizer splits text")
+    assert [path.name for path in tmp_path.iterdir()] == ["mla"]
 
 
 @pytest.mark.parametrize(

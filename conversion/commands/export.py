@@ -14,6 +14,7 @@ from ..output.card import add_export
 from ..output.deepseek import ENGINE_WIDTHS, FORMATS, DeepseekV3Export, engine_refusals, widths_of
 from ..output.folder import check_output
 from ..output.gguf import export_gguf
+from ..output.gguf_vocabulary import tokenizer_refusal
 from ..output.progress import source_fingerprint, versions, work_on, write_json
 from ..output.reports import ExportReport, PerSide
 from ..output.writing import carry
@@ -76,6 +77,9 @@ def export(
     assert checkpoint.folder is not None
     if format == "gguf":
         tokenizer = load_tokenizer(checkpoint.folder, out, trust_remote_code)
+        reason = tokenizer_refusal(tokenizer, checkpoint.config.vocab_size)
+        if reason is not None:
+            return ExportReport(format, reason)
         return export_gguf(checkpoint, dest, tokenizer, outtype, overwrite=overwrite)
     exported = DeepseekV3Export(checkpoint, widths_of(checkpoint.config, PADS[pad]))
     written = sum(header.bytes for header in exported.headers.values())

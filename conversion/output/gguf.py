@@ -127,7 +127,7 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
     Args:
         checkpoint: the model; of a kind that `refusal` lets through.
         dest: the file, which appears whole or not at all.
-        tokenizer: the model's.
+        tokenizer: the model's, which `tokenizer_refusal` lets through.
         outtype: of matrices, one of `OUTTYPES`; None for what the checkpoint stores.
         overwrite: replace a file.
 
@@ -135,7 +135,7 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
         What was written.
 
     Raises:
-        UserError: an argument is not allowed, the tokenizer cannot be carried over, or the file cannot be written.
+        UserError: an argument is not allowed, or the file cannot be written.
     """
     if outtype is None:
         outtype = {"F32": "f32", "F64": "f32", "F16": "f16"}.get(checkpoint.dtype, "bf16")
@@ -146,7 +146,7 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
         from gguf import GGUFWriter
     except ImportError:
         raise UserError('--format gguf takes the package gguf, which is not installed: pip install "hf-mla[gguf]"') from None
-    words = vocabulary(tokenizer, checkpoint.config.vocab_size, text_ends(checkpoint), checkpoint.name)
+    words = vocabulary(tokenizer, checkpoint.config.vocab_size, text_ends(checkpoint))
     exported = GGUFExport(checkpoint, outtype)
     writer = GGUFWriter(None, ARCHITECTURE)
     describe(writer, exported, checkpoint, path.stem)

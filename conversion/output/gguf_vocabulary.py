@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError
-
 
 END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -49,54 +47,66 @@ class Vocabulary:
     chat_template: Any = None
 
 
-def vocabulary(tokenizer: Any, size: int, ends: Sequence[int], name: str) -> Vocabulary:
+def tokenizer_refusal(tokenizer: Any, size: int) -> str | None:
+    """Why it is not certain that llama.cpp would give the tokens of a tokenizer, or None if it is.
+
+    Args:
+        tokenizer: a model's.
+        size: how many tokens the model knows.
+
+    Returns:
+        What is in the way.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return "its tokenizer has no tokenizer.json"
+    spec = json.loads(backend.to_str())
+    if spec["model"]["type"] != "BPE" or spec["model"].get("byte_fallback"):
+        return "its tokenizer is not byte-level BPE (sentencepiece's kind is not carried over)"
+    if pre_tokenizer(spec) is None:
+        return f"its tokenizer splits text in a way that llama.cpp has no name for; known are {', '.join(PRE_TOKENIZERS)}"
+    for token in spec["added_tokens"]:
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            return f"its tokenizer has {token['content']!r}, which depends on the spaces or letters beside it"
+    count = 1 + max(tokenizer.get_vocab().values())
+    if count > size:
+        return f"its tokenizer has {count:,} tokens, the model {size:,}"
+    if surroundings(tokenizer) is None:
+        return "its tokenizer adds more to a text than llama.cpp can: a token at its beginning and one at its end"
+    return None
+
+
+def vocabulary(tokenizer: Any, size: int, ends: Sequence[int]) -> Vocabulary:
     """Say a tokenizer in llama.cpp's terms.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's, which `tokenizer_refusal` lets through.
         size: how many tokens the model knows; those that the tokenizer has no use for are filled up.
         ends: tokens that end what is generated; of more than three, the last are left to llama.cpp, which knows many by their text.
-        name: of the model, for messages.
 
     Returns:
         What goes into the file.
-
-    Raises:
-        UserError: it is not certain that llama.cpp would give the same tokens.
     """
     from gguf import TokenType
 
-    refused = f"{name} cannot be exported as gguf: its tokenizer"
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(f"{refused} has no tokenizer.json")
-    spec = json.loads(backend.to_str())
-    model, added = spec["model"], spec["added_tokens"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"{refused} is not byte-level BPE (sentencepiece's kind is not carried over)")
-    pre = pre_tokenizer(spec)
-    if pre is None:
-        raise UserError(f"{refused} splits text in a way that llama.cpp has no name for; known are {', '.join(PRE_TOKENIZERS)}")
-    for token in added:
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise UserError(f"{refused} has {token['content']!r}, which depends on the spaces or letters beside it")
-    words = {number: word for word, number in model["vocab"].items()}
-    names = words | {token["id"]: token["content"] for token in added}
-    if max(names) >= size:
-        raise UserError(f"{refused} has {max(names) + 1:,} tokens, the model {size:,}")
-    kinds = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for token in added}
-    start, end = surroundings(tokenizer, refused)
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre, around = pre_tokenizer(spec), surroundings(tokenizer)
+    assert pre is not None and around is not None
+    words = {number: word for word, number in spec["model"]["vocab"].items()}
+    names = words | {token["id"]: token["content"] for token in spec["added_tokens"]}
+    kinds = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED for token in spec["added_tokens"]}
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id in ends or not ends else ends[0]
     roles = {"bos": tokenizer.bos_token_id, "eos": eos, "unk": tokenizer.unk_token_id, "pad": tokenizer.pad_token_id}
     roles |= dict(zip(("eot", "eom"), (each for each in ends if each != eos), strict=False))
+    merges = spec["model"]["merges"]
     return Vocabulary(
         pre=pre,
         tokens=[names.get(number, f"[PAD{number}]") for number in range(size)],
         types=[kinds.get(number, TokenType.NORMAL if number in words else TokenType.UNUSED) for number in range(size)],
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in merges],
         ids={role: number for role, number in roles.items() if number is not None},
-        add_bos=start,
-        add_eos=end,
+        add_bos=around[0],
+        add_eos=around[1],
         chat_template=tokenizer.chat_template,
     )
 
@@ -121,11 +131,11 @@ def split(step: dict[str, Any]) -> tuple[str, Any]:
     return step["type"], step.get("individual_digits")
 
 
-def surroundings(tokenizer: Any, refused: str) -> tuple[bool, bool]:
-    """Whether a tokenizer begins a text with `bos_token` and ends it with `eos_token`; a UserError if it adds anything else."""
+def surroundings(tokenizer: Any) -> tuple[bool, bool] | None:
+    """Whether a tokenizer begins a text with `bos_token` and ends it with `eos_token`; None if it adds anything else."""
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     for start in (False, True):
         for end in (False, True):
             if whole == [tokenizer.bos_token_id] * start + plain + [tokenizer.eos_token_id] * end:
                 return start, end
-    raise UserError(f"{refused} adds more to a text than llama.cpp can: a token at its beginning and one at its end")
+    return None

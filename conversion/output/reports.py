@@ -53,7 +53,7 @@ class PlanReport:
     bytes_read: int | None = None
     bytes_written: int | None = None
     exports: dict[str, str | None] = field(default_factory=dict)
-    """For each format of `export`, why the converted model cannot be written in it, or None."""
+    """For each format of `export`, why the converted model cannot be written in it, or None; a plan has not read the tokenizer."""
     engine_kv_floats_per_token_per_layer: int | None = None
     """What an export with `pad` "engine" caches; None where there can be none."""
 
