@@ -224,6 +224,7 @@ def test_a_frequency_that_is_not_scaled_is_no_reason():
 def test_which_widths_engines_take(widths, vllm, sglang):
     refused = engine_refusals(Widths(*widths))
     assert {name: reason is None for name, reason in refused.items()} == {"vllm": vllm, "sglang": sglang}
+    assert all(("--pad engine" in reason) is (widths[1] <= 64) for reason in refused.values() if reason)
 
 
 @torch.no_grad()
@@ -307,6 +308,19 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in (tmp_path / "there").iterdir()} == before
 
 
+@torch.no_grad()
+def test_settings_of_generate(tmp_path):
+    """They come along, but for a cache of quantized latents, which only our classes have."""
+    out = make_converted(tmp_path / "out")
+    settings = {"eos_token_id": [1, 7], "temperature": 0.7, "do_sample": True}
+    cache = {"cache_implementation": "quantized", "cache_config": {"backend": "int8"}}
+    for more in ({}, cache):
+        (tmp_path / "out" / "generation_config.json").write_text(json.dumps(settings | more))
+        export(out, str(tmp_path / "dest"), format="deepseek_v3", overwrite=True)
+        assert json.loads((tmp_path / "dest" / "generation_config.json").read_text()) == settings
+    deepseek(tmp_path / "dest", torch.float32).generate(IDS, max_new_tokens=2)
+
+
 def test_tensors_come_one_by_one(tmp_path):
     """In order, as the headers announce them, with widths of one's own."""
     checkpoint = match_model(open_checkpoint(make_converted(tmp_path / "out", kept=[1])))
@@ -321,19 +335,19 @@ def test_tensors_come_one_by_one(tmp_path):
 
 
 def test_plan_and_convert_say_what_can_be_exported(tmp_path, capsys, converted):
-    assert plan(MODEL).exports == {"deepseek_v3": None, "gguf": None}
-    assert converted[1].exports["deepseek_v3"] is None
+    assert plan(MODEL).exports["deepseek_v3"] is converted[1].exports["deepseek_v3"] is None
     assert "its tokenizer splits text in a way" in converted[1].exports["gguf"]  # which `plan` does not look at
     assert plan(MODEL).engine_kv_floats_per_token_per_layer == 576
     code, printed, _ = run(capsys, "plan", MODEL)
     assert code == 0
-    assert "deepseek_v3; gguf; --pad engine would cache 576 numbers, the source 192: nothing saved" in printed
+    assert "; --pad engine would cache 576 numbers, the source 192: nothing saved" in printed
     source = make_source(tmp_path / "source", "Qwen3", num_key_value_heads=4, head_dim=128)
     assert "--qk-norm fold" in plan(source).exports["deepseek_v3"]
     assert plan(source).engine_kv_floats_per_token_per_layer is None
-    assert set(plan(source, qk_norm="fold").exports.values()) == {None}
+    assert plan(source, qk_norm="fold").exports["deepseek_v3"] is None
     code, printed, _ = run(capsys, "plan", source, "--qk-norm", "fold")
-    assert printed.splitlines()[-1].split() == ["export", "deepseek_v3;", "gguf"]
+    assert printed.splitlines()[-1].split()[:2] == ["export", "deepseek_v3;"]
+    assert "nothing saved" not in printed
     code, printed, _ = run(capsys, "plan", make_source(tmp_path / "rope", rope_parameters=LLAMA3_ROPE))
     assert "not as deepseek_v3: rope type llama3 scales the frequencies" in printed
 

@@ -17,7 +17,7 @@ from ..output.gguf import export_gguf
 from ..output.gguf_vocabulary import tokenizer_refusal
 from ..output.progress import source_fingerprint, versions, work_on, write_json
 from ..output.reports import ExportReport, PerSide
-from ..output.writing import carry
+from ..output.writing import GENERATION, carry, generation_settings
 from ..source.checkpoint import RECORD, Checkpoint, ShardWriter, open_checkpoint
 from ..source.loading import launched_processes
 from ..source.matching import match_model
@@ -120,6 +120,10 @@ def export(
             write_json(exported.config, output / "config.json")
             ShardWriter(output, exported.headers).write(exported.load)
             carry(checkpoint, output, tokenizer)
+            settings = generation_settings(checkpoint)
+            if settings.get("cache_implementation") == "quantized":  # latents; others know nothing of it
+                kept = {key: value for key, value in settings.items() if key not in ("cache_implementation", "cache_config")}
+                write_json(kept, output / GENERATION)
             record_export(checkpoint.folder, output, report, recipe, path.name)
             output.rename(folder / "output")
     return report

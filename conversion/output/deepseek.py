@@ -102,10 +102,12 @@ def engine_refusals(widths: Widths) -> dict[str, str | None]:
     if cached not in (320, 512, 576):
         vllm = f"latent and rotary key are {cached} numbers wide, it takes 320, 512 or 576"
     elif (nope, rope, value) not in heads:
-        vllm = f"heads are {nope} + {rope} and {value} wide, on GPUs up to Hopper it takes 128 + 64 and 128"
-    if cached > 1 << (rank - 1).bit_length() and cached not in (576, 288):
-        sglang = f"its Triton kernel takes no {rank} + {rope}, but what fits in {1 << (rank - 1).bit_length()}, or 576 or 288"
-    return {"vllm": vllm, "sglang": sglang}
+        vllm = f"heads are {nope} + {rope} and {value} wide, on GPUs up to Hopper it takes 128 + 64 and 128, or 64 + 64 and 128"
+    fitting = 1 << (rank - 1).bit_length()
+    if cached > fitting and cached not in (576, 288):
+        sglang = f"latent and rotary key are {cached} numbers wide, its Triton kernel takes up to {fitting} here, or 288 or 576"
+    hint = "; --pad engine fills them up" if widths_of(widths, ENGINE_WIDTHS) == ENGINE_WIDTHS else ""
+    return {name: reason and reason + hint for name, reason in (("vllm", vllm), ("sglang", sglang))}
 
 
 class DeepseekV3Export:
