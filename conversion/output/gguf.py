@@ -5,7 +5,7 @@
   padded. The keys' and the values' part of `kv_b_proj` are two tensors there, the keys' transposed. llama.cpp caches the latent and
   the rotary key, and reads values from the latent.
 * Tensors are written one at a time. Attention weights are changed in float32 and rounded once.
-* Vectors stay in float32, as everybody has them, and so does a matrix whose rows are no whole blocks of q8_0 in float16.
+* Vectors are in float32 whatever is asked for, and a matrix whose rows are no whole blocks of q8_0 is in float16.
 * Layers in closed form have latents that other types than float32 and bfloat16 lose; there the projection to them keeps these.
 """
 
