@@ -37,6 +37,7 @@ def closed_form(model, *layers):
         attention = model.model.layers[layer].self_attn
         attention.kv_a_layernorm.weight.data.fill_(IDENTITY_NORM_WEIGHT)
         keep_closed_form(attention, model.config.kv_a_layernorm_eps)
+        attention.kv_a_layernorm.weight.data *= torch.empty(model.config.kv_lora_rank).uniform_(0.9, 1.1)  # a training may follow
 
 
 def make_converted(folder, family="Llama", kept=(), dtype=torch.float32, **changes):
@@ -354,11 +355,11 @@ def test_plan_and_convert_say_what_can_be_exported(tmp_path, capsys, converted):
 
 @torch.no_grad()
 def test_closed_form_in_bfloat16(tmp_path):
-    """What is rounded again is the norm's weight and, of another epsilon than 1e-6, what adds to the residual stream."""
+    """Latents and, where the source has another epsilon than 1e-6, all that adds to the residual stream are rounded again."""
     changes = {"dtype": torch.bfloat16, "rms_norm_eps": 1e-5, "kv_a_layernorm_eps": IDENTITY_NORM_EPS}
     out = make_converted(tmp_path / "out", **changes)
     export(out, str(tmp_path / "dest"), format="deepseek_v3")
     expected = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(IDS).logits
     change = deepseek(tmp_path / "dest", torch.float32)(IDS).logits - expected
     rounded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).eval()(IDS).logits - expected
-    assert 0 < change.std() < rounded.std() / 2
+    assert 0 < change.std() < rounded.std()  # less than computing in bfloat16 does

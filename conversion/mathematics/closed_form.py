@@ -95,11 +95,6 @@ def keep_closed_form(mla: MLAAttention, eps: float) -> None:
     mla.kv_a_layernorm.weight.fill_(SMALL_LATENT_WEIGHT)
 
 
-def norm_is_identity(weight: Tensor, eps: float) -> bool:
-    """Whether a norm on the latent is the identity, in one of the two ways that a layer in closed form has."""
-    return eps >= 1 or bool(weight.eq(SMALL_LATENT_WEIGHT).all())
-
-
 @torch.no_grad()
 def make_trainable(mla: MLAAttention) -> None:
     """Undo `keep_closed_form` for a training, in place: the steps of an optimizer would drown latents so small.
@@ -107,7 +102,7 @@ def make_trainable(mla: MLAAttention) -> None:
     The norm is the identity as before, now by an epsilon of its own.
     """
     norm = mla.kv_a_layernorm
-    if norm.variance_epsilon < 1 and norm_is_identity(norm.weight, norm.variance_epsilon):
+    if norm.weight.eq(SMALL_LATENT_WEIGHT).all() and norm.variance_epsilon < 1:
         scale_latents(mla, SMALL_LATENT_WEIGHT / norm.variance_epsilon**0.5)
         norm.variance_epsilon = IDENTITY_NORM_EPS
         norm.weight.fill_(IDENTITY_NORM_WEIGHT)

@@ -7,11 +7,11 @@ Notation: N, P, V, R as in `attention_mla.py`; in the export they may be wider, 
 * Rows and columns that pad are zero. Scores are scaled by (N' + P')^-1/2, so queries take sqrt((N' + P') / (N + P)). Pairs that pad
   come last, so theta becomes theta^(P' / P). The norm's mean is over R' numbers, so its weight takes sqrt(R / R').
 * Epsilon. An export has one, E, for the hidden size and the latent; but Transformers' class takes 1e-6 for the latent in any case.
-  E is the source's. Latents are multiplied by g, a power of two, so that no weight is rounded again; the epsilon that their norm
-  sees becomes E R' / (g^2 R), as near to what it was as that allows. Latents of a trained model outweigh either.
+  Latents that are multiplied by g have a norm with epsilon E R' / (g^2 R). Trained latents outweigh any such epsilon: E is the
+  source's, and g the power of two that keeps the latents' epsilon most nearly, so that no weight is rounded again.
 * A layer in closed form has a norm that is the identity, because its epsilon outweighs the latents (`keep_closed_form`). There the
-  epsilon is what counts, so all readers must take the same: E is 1e-6 where there is such a layer. Where the source's is another,
-  all that adds to the residual stream is multiplied by sqrt(E / source's), which is exact but for rounding.
+  epsilon is what counts: g is exact, and as all readers must take the same, E is 1e-6 where there is such a layer. Where the
+  source's is another, all that adds to the residual stream is multiplied by sqrt(E / source's), which is exact but for rounding.
 """
 
 import math
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..mathematics.closed_form import SMALL_LATENT_WEIGHT, norm_is_identity
 from ..source.checkpoint import DTYPES, TensorHeader
 from ..source.matching import ModelCheckpoint
 from .gguf_vocabulary import tokenizer_refusal
@@ -123,17 +122,14 @@ class DeepseekV3Export:
     headers: dict[str, TensorHeader]
     """What `load` gives, by name."""
     identity: list[bool]
-    """Of each layer, whether the norm on the latent is the identity. The latents' rows of `kv_a_proj_with_mqa` are small there:
-    other types than float32 and bfloat16 lose them."""
+    """Of each layer, whether the norm on the latent is the identity, because its epsilon outweighs the latents. Their rows of
+    `kv_a_proj_with_mqa` are small there: other types than float32 and bfloat16 lose them."""
 
     def __init__(self, checkpoint: ModelCheckpoint, widths: Widths) -> None:
         self.checkpoint, self.model, self.widths = checkpoint, checkpoint.config, widths
-        norms = [f"model.layers.{layer}.self_attn.kv_a_layernorm.weight" for layer in range(self.model.num_hidden_layers)]
-        weights = checkpoint.load(norms, "cpu")
-        self.identity = [norm_is_identity(weights[name], self.model.kv_a_layernorm_eps) for name in norms]
+        self.identity = [self.epsilon_counts(layer) for layer in range(self.model.num_hidden_layers)]
         self.eps = (self.latent_eps if any(self.identity) else None) or self.model.rms_norm_eps
         self.residual = math.sqrt(self.eps / self.model.rms_norm_eps)
-        self.norms = [self.latent_factors(weights[name], same) for name, same in zip(norms, self.identity, strict=True)]
         tensors = checkpoint.tensors
         types = {header: getattr(torch, name) for name, header in DTYPES.items()}
         self.headers = {}
@@ -141,14 +137,17 @@ class DeepseekV3Export:
             empty = torch.empty(stored.shape, dtype=types[stored.dtype], device="meta")
             self.headers[name] = TensorHeader(tuple(self.change(name, empty).shape), stored.dtype)
 
-    def latent_factors(self, weight: Tensor, identity: bool) -> tuple[float, float]:
-        """What latents are multiplied by before their norm, a power of two, and the norm's weight."""
-        scale = math.sqrt(self.eps / self.model.kv_a_layernorm_eps)
-        rank, padded = self.model.kv_lora_rank, self.widths.kv_lora_rank
-        if identity:
-            before = 2.0 ** round(math.log2(scale * weight[0].item() / SMALL_LATENT_WEIGHT))
-            return before, scale / before
-        return 2.0 ** round(math.log2(scale * math.sqrt(padded / rank))), math.sqrt(rank / padded)
+    def epsilon_counts(self, layer: int) -> bool:
+        """Whether a layer's latents do not by far outweigh their norm's epsilon, for inputs that go in all directions alike."""
+        names = (f"model.layers.{layer}.{module}.weight" for module in ("input_layernorm", "self_attn.kv_a_proj_with_mqa"))
+        norm, down = (self.checkpoint.load([name], "cpu", torch.float64)[name] for name in names)
+        latents = (down[: self.model.kv_lora_rank] * norm).square().sum().item()
+        return latents / self.model.kv_lora_rank < 1000 * self.model.kv_a_layernorm_eps
+
+    def latent_factor(self, layer: int) -> float:
+        """What a layer's latents are multiplied by before their norm."""
+        factor = math.sqrt(self.eps / self.model.kv_a_layernorm_eps * self.widths.kv_lora_rank / self.model.kv_lora_rank)
+        return factor if self.identity[layer] else 2.0 ** round(math.log2(factor))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, by their names there."""
@@ -178,14 +177,14 @@ class DeepseekV3Export:
             keys, values = weight.unflatten(0, (heads, -1)).split([nope, value], dim=1)
             both = torch.cat([widened(keys, 1, widths.qk_nope_head_dim), widened(values, 1, widths.v_head_dim)], dim=1)
             return widened(both.flatten(0, 1), 1, widths.kv_lora_rank)
-        if module not in ("kv_a_proj_with_mqa", "kv_a_layernorm"):
-            return weight
-        before, after = self.norms[int(name.split(".")[2])]
         if module == "kv_a_layernorm":  # [R]
-            return widened(weight.mul_(after), 0, widths.kv_lora_rank, value=1.0)
-        latent, rotary = weight.split([rank, rope])  # [R + P, D]
-        rotary = widened(interleaved(rotary, 0), 0, widths.qk_rope_head_dim)
-        return torch.cat([widened(latent * before, 0, widths.kv_lora_rank), rotary])
+            return widened(weight.mul_(math.sqrt(rank / widths.kv_lora_rank)), 0, widths.kv_lora_rank, value=1.0)
+        if module == "kv_a_proj_with_mqa":  # [R + P, D]
+            latent, rotary = weight.split([rank, rope])
+            latent = latent * self.latent_factor(int(name.split(".")[2]))
+            rotary = widened(interleaved(rotary, 0), 0, widths.qk_rope_head_dim)
+            return torch.cat([widened(latent, 0, widths.kv_lora_rank), rotary])
+        return weight
 
     @property
     def config(self) -> dict[str, Any]:
