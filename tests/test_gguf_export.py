@@ -120,7 +120,7 @@ def test_the_file_is_the_model(tmp_path, tokenizer, case):
 @pytest.mark.parametrize("closed", [False, True], ids=["fitted", "closed form"])
 @pytest.mark.parametrize("outtype", ["bf16", "f16", "q8_0"])
 def test_numbers_are_rounded_once(tmp_path, tokenizer, outtype, closed):
-    """A matrix whose rows are no whole blocks is in float16; latents of the closed form are too small for other than bfloat16."""
+    """A matrix whose rows are no whole blocks is in float16; latents of the closed form are too small for that."""
     changes = {"kv_a_layernorm_eps": 2.0**40} if closed else {}
     folder, _ = make(tmp_path / "mla", tokenizer, **changes)
     export(folder, str(tmp_path / "exact.gguf"), format="gguf")
@@ -128,7 +128,7 @@ def test_numbers_are_rounded_once(tmp_path, tokenizer, outtype, closed):
     (_, exact, _), (header, tensors, kinds) = read(tmp_path / "exact.gguf"), read(tmp_path / "m.gguf")
     assert header["general.file_type"] == {"bf16": 32, "f16": 1, "q8_0": 7}[outtype]
     latent, values = "blk.1.attn_kv_a_mqa.weight", "blk.1.attn_v_b.weight"  # rows of 64 and of 24 numbers
-    assert kinds[latent] == ("BF16" if closed else outtype.upper()) and kinds["blk.0.ffn_up.weight"] == outtype.upper()
+    assert kinds[latent] == ("F32" if closed else outtype.upper()) and kinds["blk.0.ffn_up.weight"] == outtype.upper()
     assert kinds[values] == ("F16" if outtype == "q8_0" else outtype.upper()) and kinds["blk.0.ffn_norm.weight"] == "F32"
     for name, tensor in tensors.items():
         kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.get(kinds[name])

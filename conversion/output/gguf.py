@@ -6,7 +6,7 @@
   the rotary key, and reads values from the latent.
 * Tensors are written one at a time. Attention weights are changed in float32 and rounded once.
 * Vectors are in float32 whatever is asked for, and a matrix whose rows are no whole blocks of q8_0 is in float16.
-* Layers in closed form have latents that other types than float32 and bfloat16 lose; there the projection to them keeps these.
+* Layers in closed form have latents too small for float16 and its blocks; there the projection to them is in float32.
 """
 
 import shutil
@@ -84,11 +84,9 @@ class GGUFExport(DeepseekV3Export):
         """The type that a tensor of the file has."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        if len(shape) == 1:
+        if len(shape) == 1 or (name.endswith("attn_kv_a_mqa.weight") and self.identity[int(name.split(".")[1])]):
             return GGMLQuantizationType.F32
         chosen = GGMLQuantizationType[self.outtype.upper()]
-        if name.endswith("attn_kv_a_mqa.weight") and self.identity[int(name.split(".")[1])]:
-            return GGMLQuantizationType.F32 if self.outtype == "f32" else GGMLQuantizationType.BF16
         return chosen if shape[-1] % GGML_QUANT_SIZES[chosen][0] == 0 else GGMLQuantizationType.F16
 
     def infos(self) -> Iterator[tuple[str, tuple[int, ...], "GGMLQuantizationType"]]:
