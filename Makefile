@@ -9,9 +9,9 @@ CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tes
   tests/test_export.py tests/test_heads.py tests/test_remote_code.py tests/test_continuous.py
 # As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-# Serving engines; `make test-vllm` is a target of its own.
-ENGINES := vllm
-test test-versions test-newest: export OMP_NUM_THREADS ?= 1
+# Serving engines; `make test-vllm` and `make test-llamacpp` are targets of their own.
+ENGINES := vllm llamacpp
+test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check style test-versions test-newest test-engines $(ENGINES:%=test-%) clean
 
@@ -61,6 +61,15 @@ $(VENV)-vllm/ready: pyproject.toml
 
 test-vllm: $(VENV)-vllm/ready
 	$(VENV)-vllm/bin/python -m pytest -q tests/engines/test_vllm.py
+
+# llama.cpp as a wheel, in an environment of its own.
+$(VENV)-llamacpp/ready:
+	$(PYTHON) -m venv $(VENV)-llamacpp
+	$(VENV)-llamacpp/bin/pip install --quiet --disable-pip-version-check --only-binary :all: cyllama==0.2.18 numpy
+	touch $@
+
+test-llamacpp: $(VENV)/ready $(VENV)-llamacpp/ready
+	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) $(BIN)/python -m pytest -q tests/engines/test_llamacpp.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

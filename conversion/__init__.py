@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from .commands.heal import heal
     from .commands.info import info
     from .commands.plan import plan
+    from .commands.refresh import refresh
     from .commands.verify import verify
 
-__all__ = ["UserError", "bench", "convert", "demo", "env", "export", "heal", "info", "plan", "verify"]
+__all__ = ["UserError", "bench", "convert", "demo", "env", "export", "heal", "info", "plan", "refresh", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,6 +15,7 @@ This file travels with every checkpoint: it imports only transformers and the hu
 import importlib
 import sys
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -25,6 +26,11 @@ from transformers.utils import logging
 __version__ = "0.1.0"
 
 logger = logging.get_logger(__name__)
+
+try:  # by this file where it is the package's; where it has travelled, by a package that may be newer
+    INSTALLED = metadata.version("hf-mla")
+except metadata.PackageNotFoundError:
+    INSTALLED = __version__
 
 
 def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
@@ -85,6 +91,10 @@ class MLAConfigMixin:
             self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.self_attn.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
+        return super().to_dict() | {"hf_mla_version": __version__}  # type: ignore[misc]
 
     @property
     def kv_floats_per_token_per_layer(self) -> int:
@@ -165,6 +175,11 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
         logger.warning_once(
             f"The checkpoint was written by hf_mla {config.hf_mla_version}, newer than the {__version__} that loads it: "
             "upgrade hf_mla, or load with the code in the checkpoint (trust_remote_code=True)."
+        )
+    elif release(config.hf_mla_version) < release(INSTALLED):
+        logger.warning_once(
+            f"The code in the checkpoint is that of hf_mla {config.hf_mla_version}; `hf-mla refresh FOLDER` gives it that of the "
+            f"{INSTALLED} installed, for wherever it is loaded with trust_remote_code."
         )
 
 

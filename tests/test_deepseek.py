@@ -337,6 +337,7 @@ def test_tensors_come_one_by_one(tmp_path):
 
 def test_plan_and_convert_say_what_can_be_exported(tmp_path, capsys, converted):
     assert plan(MODEL).exports["deepseek_v3"] is converted[1].exports["deepseek_v3"] is None
+    assert "its tokenizer splits text in a way" in converted[1].exports["gguf"]  # which `plan` does not look at
     assert plan(MODEL).engine_kv_floats_per_token_per_layer == 576
     code, printed, _ = run(capsys, "plan", MODEL)
     assert code == 0
@@ -346,7 +347,7 @@ def test_plan_and_convert_say_what_can_be_exported(tmp_path, capsys, converted):
     assert plan(source).engine_kv_floats_per_token_per_layer is None
     assert plan(source, qk_norm="fold").exports["deepseek_v3"] is None
     code, printed, _ = run(capsys, "plan", source, "--qk-norm", "fold")
-    assert printed.splitlines()[-1].split()[:2] == ["export", "deepseek_v3"]
+    assert printed.splitlines()[-1].split()[:2] == ["export", "deepseek_v3;"]
     assert "nothing saved" not in printed
     code, printed, _ = run(capsys, "plan", make_source(tmp_path / "rope", rope_parameters=LLAMA3_ROPE))
     assert "not as deepseek_v3: rope type llama3 scales the frequencies" in printed

@@ -238,7 +238,7 @@ def convert(
         layers, spectra = job.reports(config)
         planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
         report = ConvertReport(
-            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__} | export_fields(config),
+            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__} | export_fields(config, tokenizer),
             **measured,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),

@@ -13,6 +13,8 @@ from ..errors import UserError
 from ..output.card import add_export
 from ..output.deepseek import ENGINE_WIDTHS, FORMATS, DeepseekV3Export, engine_refusals, widths_of
 from ..output.folder import check_output
+from ..output.gguf import export_gguf
+from ..output.gguf_vocabulary import tokenizer_refusal
 from ..output.progress import source_fingerprint, versions, work_on, write_json
 from ..output.reports import ExportReport, PerSide
 from ..output.writing import GENERATION, carry, generation_settings
@@ -28,16 +30,25 @@ PADS = {"auto": None, "engine": ENGINE_WIDTHS}
 
 
 def export(
-    out: str, dest: str, *, format: str, pad: str = "auto", overwrite: bool = False, trust_remote_code: bool = False
+    out: str,
+    dest: str,
+    *,
+    format: str,
+    pad: str = "auto",
+    outtype: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> ExportReport:
     """Write a converted model in the layout of another, a tensor at a time; exact, but for rounding where weights are scaled.
 
     Args:
         out: the converted checkpoint.
-        dest: the folder to write; one that is not there appears when all is done.
-        format: "deepseek_v3": a dense model of that type, for Transformers, vLLM and SGLang without code of ours.
+        dest: the folder to write; one that is not there appears when all is done. For "gguf", the file.
+        format: "deepseek_v3": a dense model of that type, for Transformers, vLLM and SGLang without code of ours;
+            "gguf": a file for llama.cpp and what stands on it.
         pad: "auto" keeps the widths; "engine" fills them up to DeepSeek's, 512 + 64 and heads of 128, as engines want it.
-        overwrite: replace the output folder.
+        outtype: of the matrices in a .gguf file: "f32", "bf16", "f16" or "q8_0"; None for what the checkpoint stores.
+        overwrite: replace the output folder or file.
         trust_remote_code: run the code that the tokenizer comes with, if it does.
 
     Returns:
@@ -50,6 +61,10 @@ def export(
         raise UserError(f"--format is {format}; allowed: {', '.join(FORMATS)}")
     if pad not in PADS:
         raise UserError(f"--pad is {pad}; allowed: {', '.join(PADS)}")
+    if format == "gguf" and pad != "auto":
+        raise UserError(f"--pad is {pad}; a .gguf file keeps the widths, which llama.cpp takes as they are")
+    if format != "gguf" and outtype is not None:
+        raise UserError(f"--outtype is of --format gguf; {format} stores numbers as {out} does")
     checkpoint: Checkpoint = open_checkpoint(out)
     if checkpoint.config.model_type == format:
         raise UserError(f"{out} is a {format!r} already; there is nothing to export")
@@ -60,6 +75,12 @@ def export(
         return ExportReport(format, reason)
     checkpoint = match_model(checkpoint)
     assert checkpoint.folder is not None
+    if format == "gguf":
+        tokenizer = load_tokenizer(checkpoint.folder, out, trust_remote_code)
+        reason = tokenizer_refusal(tokenizer, checkpoint.config.vocab_size)
+        if reason is not None:
+            return ExportReport(format, reason)
+        return export_gguf(checkpoint, dest, tokenizer, outtype, overwrite=overwrite)
     exported = DeepseekV3Export(checkpoint, widths_of(checkpoint.config, PADS[pad]))
     written = sum(header.bytes for header in exported.headers.values())
     processes = launched_processes(torch.device("cpu"))

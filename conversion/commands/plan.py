@@ -102,9 +102,9 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     )
 
 
-def export_fields(converted: Any) -> dict[str, Any]:
-    """What `export` can do with a converted model, by its configuration, as fields of a report."""
-    exports = possible_exports(converted)
+def export_fields(converted: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """What `export` can do with a converted model, by its configuration and, if given, its tokenizer: fields of a report."""
+    exports = possible_exports(converted, tokenizer)
     padded = None if all(exports.values()) else widths_of(converted, ENGINE_WIDTHS).kv_floats_per_token_per_layer
     return {"exports": exports, "engine_kv_floats_per_token_per_layer": padded}
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..source.checkpoint import DTYPES, TensorHeader
 from ..source.matching import ModelCheckpoint
+from .gguf_vocabulary import tokenizer_refusal
 from .reports import Widths
 
 
@@ -62,12 +63,15 @@ def refusal(config: Any) -> str | None:
 
 
 # By what `--format` takes.
-FORMATS: dict[str, Callable[[Any], str | None]] = {"deepseek_v3": refusal}
+FORMATS: dict[str, Callable[[Any], str | None]] = {"deepseek_v3": refusal, "gguf": refusal}
 
 
-def possible_exports(config: Any) -> dict[str, str | None]:
-    """For each format why a converted model cannot be exported to it, by its configuration, or None if it can."""
-    return {name: reason(config) for name, reason in FORMATS.items()}
+def possible_exports(config: Any, tokenizer: Any = None) -> dict[str, str | None]:
+    """For each format why a converted model cannot be exported to it, by its configuration and tokenizer, or None if it can."""
+    reasons = {name: reason(config) for name, reason in FORMATS.items()}
+    if tokenizer is not None:
+        reasons["gguf"] = reasons["gguf"] or tokenizer_refusal(tokenizer, config.vocab_size)
+    return reasons
 
 
 def has_plain_frequencies(config: Any) -> bool:

@@ -53,7 +53,7 @@ class PlanReport:
     bytes_read: int | None = None
     bytes_written: int | None = None
     exports: dict[str, str | None] = field(default_factory=dict)
-    """For each format of `export`, why the converted model cannot be written in it, or None."""
+    """For each format of `export`, why the converted model cannot be written in it, or None; a plan has not read the tokenizer."""
     engine_kv_floats_per_token_per_layer: int | None = None
     """What an export with `pad` "engine" caches; None where there can be none."""
 
@@ -261,6 +261,30 @@ class BenchReport(BenchContext):
     dtype: str
     torch: str
     transformers: str
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file that an older checkpoint should have otherwise."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """The result of `refresh`; the field names are the JSON keys."""
+
+    output: str
+    version: str
+    """Of hf_mla as it is installed."""
+    version_before: str
+    """That config.json named."""
+    changes: list[FileChange]
+    """In the order in which they are made."""
+    backup: str | None = None
+    """The folder with what was replaced; None if nothing was."""
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,15 @@ def bench_table(result: Any) -> str:
     return f"{result.device}, {result.dtype}, batch {result.batch}, {result.cache} cache\n{table}"
 
 
+def refresh_table(result: Any) -> str:
+    """A refresh for people: the files and why, then what was done."""
+    versions = f"{result.version_before} -> {result.version}"
+    if not result.changes:
+        return f"{result.output} is as hf_mla {result.version} writes it; nothing to do"
+    done = "nothing is written: a dry run" if result.dry_run else "what was replaced is in " + (result.backup or "no folder")
+    return rows({change.file: change.reason for change in result.changes} | {"hf_mla": versions, "backup": done})
+
+
 def demo_table(result: Any) -> str:
     """The demo for people: both texts, then one table."""
     texts = [f"{name}: {result.prompt}{side.text}" for name, side in (("original", result.source), ("converted", result.converted))]
