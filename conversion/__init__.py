@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from .commands.convert import convert
     from .commands.demo import demo
     from .commands.env import env
+    from .commands.export import export
     from .commands.heal import heal
     from .commands.info import info
     from .commands.plan import plan
+    from .commands.refresh import refresh
     from .commands.verify import verify
 
-__all__ = ["UserError", "bench", "convert", "demo", "env", "heal", "info", "plan", "verify"]
+__all__ = ["UserError", "bench", "convert", "demo", "env", "export", "heal", "info", "plan", "refresh", "verify"]
 
 
 def __getattr__(name: str) -> Any:

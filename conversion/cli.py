@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .errors import UserError
-from .output.tables import bench_table, convert_table, demo_table, heal_table, plan_table, rows, verify_table
+from .output.tables import (
+    bench_table,
+    convert_table,
+    demo_table,
+    export_table,
+    heal_table,
+    plan_table,
+    refresh_table,
+    rows,
+    verify_table,
+)
 from .source.families import QK_NORM_VARIANTS
 
 
@@ -202,6 +212,15 @@ def parser() -> argparse.ArgumentParser:
     add_trust(heal)
     heal.add_argument("--dry-run", action="store_true", default=None, help="only say what it would take; reads no text")
 
+    export = command("export", run_export, "write a converted model in a layout that serving engines have of their own")
+    export.add_argument("out", metavar="OUT", help="converted checkpoint")
+    export.add_argument("dest", metavar="DEST", help="folder to write, or .gguf file")
+    export.add_argument("--format", required=True, metavar="F", help="deepseek_v3, for engines that have it; gguf, for llama.cpp")
+    export.add_argument("--pad", metavar="P", help="auto: widths as they are; engine: filled up to 512 + 64, heads of 128 (auto)")
+    export.add_argument("--outtype", metavar="T", help="numbers of a .gguf file: f32, bf16, f16 or q8_0 (what OUT stores)")
+    export.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at DEST")
+    add_trust(export)
+
     bench = command("bench", run_bench, "time decoding with a converted model and with its source")
     bench.add_argument("out", metavar="OUT", help="converted checkpoint; or a model that has MLA by itself, without --against")
     bench.add_argument("--against", metavar="SOURCE", help="what OUT was converted from: folder, .gguf file or Hub id")
@@ -218,6 +237,10 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("source", metavar="SOURCE", help="checkpoint folder, .gguf file or Hub id")
     info.add_argument("--plot", metavar="FILE", help="draw a conversion's spectra and errors to a .png, .svg or .pdf file")
     add_revision(info)
+
+    refresh = command("refresh", run_refresh, "bring code and configuration in an older converted checkpoint up to this version")
+    refresh.add_argument("out", metavar="OUT", help="folder of a converted checkpoint; what is replaced is kept in it")
+    refresh.add_argument("--dry-run", action="store_true", default=None, help="only say which files would change, and why")
 
     command("env", run_env, "print versions and devices, for a bug report")
     return top
@@ -349,6 +372,19 @@ def run_heal(options: dict[str, Any], as_json: bool) -> int:
     return 0
 
 
+def run_export(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla export`."""
+    from .commands.export import export
+
+    result = export(**given(options))
+    if result.refused is not None:
+        if as_json:
+            show(result, as_json, str)
+        raise UserError(f"{options['out']} cannot be exported as {result.format}: {result.refused}")
+    show(result, as_json, lambda: export_table(result))
+    return 0
+
+
 def run_bench(options: dict[str, Any], as_json: bool) -> int:
     """`hf-mla bench`."""
     from .commands.bench import bench
@@ -364,6 +400,15 @@ def run_info(options: dict[str, Any], as_json: bool) -> int:
 
     result = info(**given(options))
     show(result, as_json, lambda: rows(result))
+    return 0
+
+
+def run_refresh(options: dict[str, Any], as_json: bool) -> int:
+    """`hf-mla refresh`."""
+    from .commands.refresh import refresh
+
+    result = refresh(**given(options))
+    show(result, as_json, lambda: refresh_table(result))
     return 0
 
 

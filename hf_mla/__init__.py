@@ -13,7 +13,7 @@ from transformers.models.auto import modeling_auto
 
 from . import modeling_mla, native_mla
 from .cache_mla import LatentDynamicLayer, MLACache, cache_bytes, cache_of
-from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
+from .configuration_mla import CONFIGS, LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig, __version__, auto_map
 from .layer_mla import MLAAttention
 from .modeling_mla import (
     LlamaMLAForCausalLM,
@@ -92,9 +92,7 @@ _NAMES: dict[str, Any] = {
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 
-_CONFIGS: tuple[Any, ...] = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig)
-
-for _config in _CONFIGS:
+for _config in CONFIGS:
     transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
     for _auto_class, _reference in auto_map(_config.__name__.removesuffix("Config")).items():
         _class = getattr(modeling_mla, _reference.removeprefix("modeling_mla."))
@@ -104,4 +102,4 @@ for _config in _CONFIGS:
             _NAMES[_auto_class][_config.model_type] = _class.__name__
 
 native_mla.register()
-register_target_modules([_config.model_type for _config in _CONFIGS])
+register_target_modules([_config.model_type for _config in CONFIGS])

@@ -6,11 +6,16 @@
 * `head_dim` always equals `qk_rope_head_dim`, as in DeepSeek: the library's rotary embeddings read it, so every rope type
   (default, linear, llama3, ...) works on the narrower rotary key without code of ours.
 * `auto_map` is part of the configuration, so whatever is saved loads again as remote code, with every head.
+* vLLM runs these models by its Transformers backend, over a cache of latents, if it is told that they have MLA: whatever process of
+  vLLM reads this file is.
 
 This file travels with every checkpoint: it imports only transformers and the huggingface_hub that it stands on.
 """
 
+import importlib
+import sys
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -21,6 +26,11 @@ from transformers.utils import logging
 __version__ = "0.1.0"
 
 logger = logging.get_logger(__name__)
+
+try:  # by this file where it is the package's; where it has travelled, by a package that may be newer
+    INSTALLED = metadata.version("hf-mla")
+except metadata.PackageNotFoundError:
+    INSTALLED = __version__
 
 
 def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
@@ -82,6 +92,10 @@ class MLAConfigMixin:
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
+        return super().to_dict() | {"hf_mla_version": __version__}  # type: ignore[misc]
+
     @property
     def kv_floats_per_token_per_layer(self) -> int:
         """Numbers that one layer caches for one token: the latent, the rotary key and the key norms."""
@@ -127,6 +141,9 @@ class Qwen3MLAConfig(MLAConfigMixin, Qwen3Config):
     has_qk_norm: ClassVar[bool] = True
 
 
+CONFIGS: tuple[Any, ...] = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig)
+
+
 def check_mla_dimensions(config: PreTrainedConfig) -> None:
     """Refuse dimensions that no MLA model can have.
 
@@ -159,8 +176,72 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
             f"The checkpoint was written by hf_mla {config.hf_mla_version}, newer than the {__version__} that loads it: "
             "upgrade hf_mla, or load with the code in the checkpoint (trust_remote_code=True)."
         )
+    elif release(config.hf_mla_version) < release(INSTALLED):
+        logger.warning_once(
+            f"The code in the checkpoint is that of hf_mla {config.hf_mla_version}; `hf-mla refresh FOLDER` gives it that of the "
+            f"{INSTALLED} installed, for wherever it is loaded with trust_remote_code."
+        )
+
+
+def window_of(config: Any, layer_idx: int) -> int | None:
+    """The sliding window of a layer; None where it attends to all tokens before it."""
+    layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
+    sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
+    return getattr(config, "sliding_window", None) if sliding else None
 
 
 def release(version: str) -> tuple[int, ...]:
     """The (major, minor) of a version string; compatibility may change with either."""
     return tuple(int(part) for part in version.split(".")[:2])
+
+
+def register_with_vllm() -> None:
+    """Tell vLLM, where it is loaded, that these models cache `kv_lora_rank + qk_rope_head_dim` numbers a token."""
+    convertors: Any = sys.modules.get("vllm.transformers_utils.model_arch_config_convertor")
+    if convertors is None:  # or one older than this
+        return
+
+    class MLAConvertor(convertors.ModelArchConfigConvertorBase):
+        def is_deepseek_mla(self) -> bool:
+            return True
+
+        def get_head_size(self) -> int:
+            if not importlib.import_module("vllm.envs").VLLM_MLA_DISABLE:
+                check_vllm(self.hf_text_config, on_cpu=importlib.import_module("vllm.platforms").current_platform.is_cpu())
+            return super().get_head_size()
+
+    for config in CONFIGS:
+        convertors.MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = MLAConvertor
+
+
+def check_vllm(config: Any, on_cpu: bool) -> None:
+    """Refuse what vLLM's attention over latents does not do, or would do wrong.
+
+    Args:
+        config: the configuration of the model.
+        on_cpu: whether vLLM runs on a CPU, where its kernel is made for one size.
+
+    Raises:
+        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms or a sliding window.
+    """
+    rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+    expanded = "or set VLLM_MLA_DISABLE=1, which is right but caches the keys and values of all heads"
+    if (rank, rope_dim) != (512, 64) if on_cpu else rank + rope_dim not in (320, 512, 576):
+        raise NotImplementedError(
+            f"kv_lora_rank + qk_rope_head_dim is {rank} + {rope_dim}; vLLM caches latents of "
+            f"{'512 + 64 on a CPU' if on_cpu else '320, 512 or 576 numbers in all'}. "
+            f"Convert to 512 + 64, or pad to that (hf-mla export --pad engine), {expanded}."
+        )
+    if config.num_key_norms:
+        raise NotImplementedError(
+            f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
+        )
+    windows = (window_of(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+    if any(window is not None and window < config.max_position_embeddings for window in windows):
+        raise NotImplementedError(
+            f"sliding_window is {config.sliding_window}; vLLM attends to all latents. Serve only what fits in the window "
+            f"(--hf-overrides '{{\"sliding_window\": null}}' --max-model-len {config.sliding_window}), {expanded}."
+        )
+
+
+register_with_vllm()

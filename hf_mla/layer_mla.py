@@ -23,6 +23,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
 from .cache_mla import dequantize
+from .configuration_mla import window_of
 
 
 def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
@@ -79,9 +80,7 @@ class MLAAttention(nn.Module):
         self.num_key_value_groups = 1  # expanded keys and values have one head per query head
         self.scaling = self.qk_head_dim**-0.5
         self.is_causal = True
-        layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
-        sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
-        self.sliding_window = getattr(config, "sliding_window", None) if sliding else None
+        self.sliding_window = window_of(config, layer_idx)
         self.num_key_norms = config.num_key_norms
         self.qk_norm_eps = config.rms_norm_eps
 

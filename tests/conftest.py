@@ -15,7 +15,6 @@ import transformers
 if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
-os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
@@ -63,7 +62,7 @@ def apart(log, function, *arguments):
     sys.exit(function(*arguments))
 
 
-def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, **changes):
+def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, std=0.25, **changes):
     """Save a random model of a family with the bundled tokenizer. `mix`: all key heads are unitary mixes of the first."""
     torch.manual_seed(0)
     shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 4096}
@@ -74,7 +73,7 @@ def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", m
     config = getattr(transformers, f"{family}Config")(**shape)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for name, parameter in model.named_parameters():
-        parameter.data.normal_(std=0.02 if "norm" in name else 0.25)
+        parameter.data.normal_(std=0.02 if "norm" in name else std)
         if "norm" in name:
             parameter.data += 1
         if "q_norm" in name or "k_norm" in name:

@@ -23,6 +23,7 @@ from hf_mla_conversion.source.checkpoint import DTYPES, INDEX, ShardWriter, Tens
 
 PLAN_KEYS = {"model_type", "supported", "reason", "num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"}
 PLAN_KEYS |= {"kv_floats_per_token_per_layer", "kv_bytes_per_token", "kv_ratio", "peak_memory_bytes", "bytes_read", "bytes_written"}
+PLAN_KEYS |= {"exports", "engine_kv_floats_per_token_per_layer"}
 VERIFY_KEYS = {"perplexity", "perplexity_ratio", "kl", "top1_agreement", "tokens", "kv_bytes_per_token"}
 VERIFY_KEYS |= {"absorbed_vs_expanded_max_error", "verdict"}
 QUICK = ["--calibration-tokens", "2048", "--steps", "0", "--device", "cpu"]

@@ -50,7 +50,7 @@ from ..stages.end_to_end import (
 from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
-from .plan import check_memory, disk_estimate, make_plan, possible_sizes, size_ladder
+from .plan import check_memory, disk_estimate, export_fields, make_plan, possible_sizes, size_ladder
 
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def convert(
         layers, spectra = job.reports(config)
         planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
         report = ConvertReport(
-            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__},
+            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__} | export_fields(config, tokenizer),
             **measured,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),

@@ -6,7 +6,10 @@ from operator import itemgetter
 from typing import Any
 
 from ..errors import UserError
+from ..mathematics.closed_form import mla_config
+from ..mathematics.reconstruct import NORM_EPS
 from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
+from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
@@ -66,6 +69,8 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     stored = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     itemsize = ITEMSIZE[stored]
+    converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, next(name for name in DTYPES if DTYPES[name] == stored), qk_norm)
+    converted.kv_a_layernorm_eps = NORM_EPS  # as where anything is fitted
     kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in checkpoint.kept.values())
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
@@ -93,7 +98,15 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
         peak_memory_bytes=memory_estimate(checkpoint, (kv_lora_rank, qk_rope_head_dim), SCALES["cpu"].calibration),
         bytes_read=checkpoint.stored.bytes,
         bytes_written=kept + config.num_hidden_layers * layer,
+        **export_fields(converted),
     )
+
+
+def export_fields(converted: Any, tokenizer: Any = None) -> dict[str, Any]:
+    """What `export` can do with a converted model, by its configuration and, if given, its tokenizer: fields of a report."""
+    exports = possible_exports(converted, tokenizer)
+    padded = None if all(exports.values()) else widths_of(converted, ENGINE_WIDTHS).kv_floats_per_token_per_layer
+    return {"exports": exports, "engine_kv_floats_per_token_per_layer": padded}
 
 
 def possible_sizes(

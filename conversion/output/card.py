@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..source.checkpoint import Checkpoint, user_path
 from ..source.own_text import OWN_TEXT
 from ..source.tokenizer import custom_code
-from .reports import HEALING_RATIO, ConvertReport, HealReport
+from .reports import HEALING_RATIO, ConvertReport, ExportReport, HealReport
 
 
 CARD = """---
@@ -157,5 +157,37 @@ def add_healing(card: str, report: HealReport, recipe: dict, name: str) -> str:
         agreement=report.verify.top1_agreement,
         kl=report.verify.kl,
     )
+    return before_limits(card, section)
+
+
+EXPORT = """## Export
+
+Then written by `hf-mla export` as a dense `{format}`, which loads without code from elsewhere: the latent is {rank} wide,
+the rotary key {rope}, heads {nope} and {value}. The cache holds {floats} numbers per token and layer.
+
+"""
+NOT_NEEDED = re.compile(r"With `hf_mla` installed and imported, `trust_remote_code` is not needed(.*)\.\n\n")
+
+
+def add_export(card: str, report: ExportReport, name: str) -> str:
+    """Put what an export did into a converted checkpoint's card, with its new name, and take out that it needs code."""
+    assert report.padded is not None
+    coded = NOT_NEEDED.search(card)
+    free = "AutoModelForCausalLM" if coded and coded[1] else r"\w+"  # else the tokenizer comes with code
+    card = re.sub(r'(from_pretrained\(")[^"]*"', rf'\g<1>{name}"', NOT_NEEDED.sub("", card))
+    card = re.sub(rf'({free}\.from_pretrained\("[^"]*"), trust_remote_code=True', r"\1", card)
+    section = EXPORT.format(
+        format=report.format,
+        rank=report.padded.kv_lora_rank,
+        rope=report.padded.qk_rope_head_dim,
+        nope=report.padded.qk_nope_head_dim,
+        value=report.padded.v_head_dim,
+        floats=report.padded.kv_floats_per_token_per_layer,
+    )
+    return before_limits(card, section)
+
+
+def before_limits(card: str, section: str) -> str:
+    """A card with one more section, before its limits."""
     before, limits, after = card.partition("## Limits\n")
     return before.rstrip("\n") + "\n\n" + section + limits + after if limits else card + "\n" + section

@@ -25,6 +25,7 @@ HIDDEN = ".incomplete"
 LOCK, RECIPE = "lock", "recipe.json"
 PROBE = f"{HIDDEN}-probe"
 NO_CONTENT = {HIDDEN, PROBE, "lost+found"}  # the last is in every fresh file system
+BACKUP = "before-refresh-"  # and a number: a folder in a checkpoint with what `refresh` has replaced
 CARRIED_FOLDERS = {"additional_chat_templates", "LICENSES"}  # with a checkpoint; else an output has only files
 
 
@@ -97,7 +98,8 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"output folder {path} exists and is not empty; choose another, or pass --overwrite")
-    if not (path / RECORD).is_file() or any(entry.is_dir() and entry.name not in CARRIED_FOLDERS for entry in found):
+    folders = [entry.name for entry in found if entry.is_dir() and not entry.name.startswith(BACKUP)]
+    if not (path / RECORD).is_file() or not CARRIED_FOLDERS.issuperset(folders):
         raise UserError(f"{path} is not just a converted checkpoint; --overwrite replaces only those: choose another folder")
 
 

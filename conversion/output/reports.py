@@ -22,6 +22,21 @@ def with_sides(measures: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Widths:
+    """Of the attention of a model with MLA, by DeepSeek's names."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
+
+    @property
+    def kv_floats_per_token_per_layer(self) -> int:
+        """Numbers that one layer caches for one token."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclass(frozen=True)
 class PlanReport:
     """The result of `plan`; the field names are the JSON keys. Of an unsupported model only the first three are set."""
 
@@ -37,6 +52,10 @@ class PlanReport:
     peak_memory_bytes: int | None = None
     bytes_read: int | None = None
     bytes_written: int | None = None
+    exports: dict[str, str | None] = field(default_factory=dict)
+    """For each format of `export`, why the converted model cannot be written in it, or None; a plan has not read the tokenizer."""
+    engine_kv_floats_per_token_per_layer: int | None = None
+    """What an export with `pad` "engine" caches; None where there can be none."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +207,24 @@ class HealReport:
 
 
 @dataclass(frozen=True)
+class ExportReport:
+    """The result of `export`; the field names are the JSON keys. Of a refused checkpoint only the first two are set."""
+
+    format: str
+    refused: str | None
+    """Why the format cannot hold the model; then nothing was written."""
+    tensors: int | None = None
+    bytes_written: int | None = None
+    padded: Widths | None = None
+    """Widths of what was written."""
+    kv_floats_per_token_per_layer: PerSide | None = None
+    """Of the checkpoint that was given, and of what was written."""
+    engines: dict[str, str | None] = field(default_factory=dict)
+    """For each engine, why its own class does not take such widths, or None."""
+    output: str = ""
+
+
+@dataclass(frozen=True)
 class BenchContext:
     """Both models' decoding at one context."""
 
@@ -224,6 +261,30 @@ class BenchReport(BenchContext):
     dtype: str
     torch: str
     transformers: str
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file that an older checkpoint should have otherwise."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class RefreshReport:
+    """The result of `refresh`; the field names are the JSON keys."""
+
+    output: str
+    version: str
+    """Of hf_mla as it is installed."""
+    version_before: str
+    """That config.json named."""
+    changes: list[FileChange]
+    """In the order in which they are made."""
+    backup: str | None = None
+    """The folder with what was replaced; None if nothing was."""
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,15 @@ def spread(errors: list[float]) -> str:
     return f"{min(errors):.4f} to {max(errors):.4f}"
 
 
+def exports_line(result: Any) -> str:
+    """Of a plan: to which formats the result can be exported, or why not; and where nothing would be saved with `--pad engine`."""
+    lines = [name if reason is None else f"not as {name}: {reason}" for name, reason in result.exports.items()]
+    source, padded = result.kv_floats_per_token_per_layer.source, result.engine_kv_floats_per_token_per_layer
+    if padded is not None and padded >= source:
+        lines.append(f"--pad engine would cache {padded:,} numbers, the source {source:,}: nothing saved")
+    return "; ".join(lines)
+
+
 def plan_table(result: Any) -> str:
     """A plan for people."""
     return rows(
@@ -37,6 +46,7 @@ def plan_table(result: Any) -> str:
             "memory to convert": size(result.peak_memory_bytes),
             "read": size(result.bytes_read),
             "written": size(result.bytes_written),
+            "export": exports_line(result),
         }
     )
 
@@ -126,6 +136,23 @@ def heal_table(result: Any) -> str:
     return rows(lines)
 
 
+def export_table(result: Any) -> str:
+    """An export for people."""
+    widths, floats = result.padded, result.kv_floats_per_token_per_layer
+    names = {"vllm": "vLLM's own class", "sglang": "SGLang"}
+    return rows(
+        {
+            "format": f"{result.format}, {result.tensors:,} tensors",
+            "widths": f"latent {widths.kv_lora_rank}, rotary key {widths.qk_rope_head_dim}, heads {widths.qk_nope_head_dim} "
+            f"and {widths.v_head_dim}",
+            "cache per token and layer": f"{floats.source:,} -> {floats.converted:,} numbers",
+            **{names[name]: reason or "takes these widths" for name, reason in result.engines.items()},
+            "written": size(result.bytes_written),
+            "output": result.output,
+        }
+    )
+
+
 def bench_table(result: Any) -> str:
     """A benchmark for people: a line for each context and model, each ratio after what it is of."""
     lines = [("context", "model", "ms a step", "spread", "tokens a second", "ratio", "cache", "ratio")]
@@ -143,6 +170,15 @@ def bench_table(result: Any) -> str:
         for line in lines
     )
     return f"{result.device}, {result.dtype}, batch {result.batch}, {result.cache} cache\n{table}"
+
+
+def refresh_table(result: Any) -> str:
+    """A refresh for people: the files and why, then what was done."""
+    versions = f"{result.version_before} -> {result.version}"
+    if not result.changes:
+        return f"{result.output} is as hf_mla {result.version} writes it; nothing to do"
+    done = "nothing is written: a dry run" if result.dry_run else "what was replaced is in " + (result.backup or "no folder")
+    return rows({change.file: change.reason for change in result.changes} | {"hf_mla": versions, "backup": done})
 
 
 def demo_table(result: Any) -> str:

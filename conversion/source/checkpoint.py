@@ -288,11 +288,8 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
     return Checkpoint(source, read_config(config.parent, source), tensors)
 
 
-def read_config(folder: Path, source: str) -> Any:
-    """Load config.json through Transformers, which settles defaults and older spellings.
-
-    Model types that need remote code come back as a plain configuration with their `model_type`, to be refused by name.
-    """
+def read_raw_config(folder: Path, source: str) -> dict[str, Any]:
+    """What the config.json of a folder holds, which the user called `source`; it names a model type, or a UserError is raised."""
     path = folder / "config.json"
     if not path.is_file():
         inside = sorted(file.name for file in folder.glob("*.gguf"))
@@ -302,9 +299,17 @@ def read_config(folder: Path, source: str) -> Any:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{source}/config.json cannot be read as a model configuration ({error})") from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if not isinstance(model_type, str):
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UserError(f"{source}/config.json cannot be read as a model configuration: it names no model_type")
+    return raw
+
+
+def read_config(folder: Path, source: str) -> Any:
+    """Load config.json through Transformers, which settles defaults and older spellings.
+
+    Model types that need remote code come back as a plain configuration with their `model_type`, to be refused by name.
+    """
+    model_type = read_raw_config(folder, source)["model_type"]
 
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
