@@ -28,7 +28,7 @@ from .scales import HEAD_TOKENS
 BEST = "best.safetensors"
 # Every so many steps go through sequences as short as that: a sequence's first token is what a model rests its attention on, and
 # long sequences have few.
-SHORT_EVERY, SHORT = int(__import__("os").environ.get("EVERY", "4")), 128
+SHORT_EVERY, SHORT = 4, 128
 
 
 def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor, Tensor]:

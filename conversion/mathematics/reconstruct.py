@@ -8,6 +8,8 @@ each other, so one is in memory at a time. docs/reconstruction.md has the measur
   the huge hidden states of a few tokens count no more than others.
 * Matrices move by Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), vectors by Adam.
 * Step sizes are relative: a matrix's is a share of the root mean square of its own entries, so that no model needs its own.
+* A sequence's first token sees nothing but itself, and what attention makes of it decides whether all others rest theirs on it (a
+  sink). Few tokens of a text come first, so many are taken as if they did, each alone, with a share of the loss.
 * What is kept is the best on held-back text: the end, or a moment before it.
 """
 
@@ -28,7 +30,8 @@ NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
 RATE = 0.08  # of the root mean square of a matrix; Muon moves its entries by a fifth of that, in the root mean square
 LATENT_RATE = 2.0  # times that, for the projection to the latent
 MOMENTUM = 0.85
-FIRST_SHARE = float(__import__("os").environ.get("FIRST", "0.1"))  # of the error, for tokens that come first in a sequence
+FIRST_SHARE = 0.1  # of the error, beside all other tokens', for those that come first in a sequence
+FIRST_TOKENS = 1 / 16  # as many as a step has others
 WARMUP = 0.05  # share of the steps
 SNAPSHOTS = (0.5, 0.75)  # shares of the steps after which a layer may already be at its best
 
@@ -42,7 +45,7 @@ class LayerTask:
         states: hidden states that enter it, [windows, tokens, D], anywhere.
         position_embeddings: of the converted layer, for one sequence.
         device: where to compute.
-        first: the same layer on tokens that come first in a sequence.
+        first: the same layer on tokens that each come first in a sequence.
     """
 
     def __init__(
@@ -88,23 +91,24 @@ class LayerTask:
 
     @torch.no_grad()
     def fit_output(self, mla: MLAAttention, parts: Iterable[Tensor]) -> None:
-        """Fit `o_proj` by weighted least squares on some windows, given in batches, and on all first tokens, in place."""
+        """Fit `o_proj` by weighted least squares on some windows, given in batches, and on first tokens, in place."""
         fit = OutputFit(mla.o_proj.weight)
-        energy = self.add_rows(fit, mla, parts, None)
+        energy = self.add_rows(fit, mla, parts)
         if self.first is not None:
-            self.first.add_rows(fit, mla, torch.arange(len(self.first.states)).split(1), FIRST_SHARE * energy)
+            parts = torch.arange(len(self.first.states)).split(1)
+            self.first.add_rows(fit, mla, parts, FIRST_SHARE * energy / len(parts))
         mla.o_proj.weight.copy_(fit.solve())
 
-    def add_rows(self, fit: OutputFit, mla: MLAAttention, parts: Iterable[Tensor], share: float | None) -> float:
-        """Let a fit take in some windows, given in batches; returns their weighted energy, which is made `share` if that is given."""
+    def add_rows(self, fit: OutputFit, mla: MLAAttention, parts: Iterable[Tensor], energy: float | None = None) -> float:
+        """Let a fit take in windows, given in batches, each made to have a weighted energy if that is given; returns the sum."""
         heads: list[Tensor] = []
         total = 0.0
         with hooks([mla.o_proj.register_forward_pre_hook(lambda _module, args: heads.append(args[0]))]):
             for part in parts:
                 x, y, w = self.batch(part)
                 residual = y - self.output(mla, x)
-                if share is not None:
-                    w = w * (share / (y.square() * w).sum() / len(self.states))
+                if energy is not None:
+                    w = w * (energy / (y.square() * w).sum())
                 total += (y.square() * w).double().sum().item()
                 fit.add(heads.pop() * w.sqrt(), residual * w.sqrt())
         return total
@@ -162,17 +166,19 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Te
     looks = {math.ceil(share * steps) for share in (*SNAPSHOTS, 1.0)}
     best: tuple[float, int, dict[str, Tensor]] = (math.inf, 0, {})
     energy: Any = None
-    if task.first is not None:
-        firsts = shuffled(torch.arange(len(task.first.states)), max(1, order.shape[1] * task.states.shape[1] // 16 // task.first.states.shape[1]), steps, 0)
+    if (first := task.first) is not None:
+        count, length = first.states.shape[:2]
+        size = max(1, round(FIRST_TOKENS * order.shape[1] * task.states.shape[1] / length))
+        first_order = shuffled(torch.arange(count), size, steps, 0)
     for step, windows in enumerate(order, 1):
         x, y, w = task.batch(windows)
         if energy is None:
             energy = (y.square() * w).mean().clamp_min(torch.finfo(torch.float32).tiny)
         with torch.enable_grad():
             loss = ((task.output(mla, x) - y).square() * w).mean() / energy
-            if task.first is not None:
-                x, y, w = task.first.batch(firsts[step - 1])
-                loss = loss + FIRST_SHARE * ((task.first.output(mla, x) - y).square() * w).sum() / (y.square() * w).sum()
+            if first is not None:
+                x, y, w = first.batch(first_order[step - 1])
+                loss = loss + FIRST_SHARE * ((first.output(mla, x) - y).square() * w).sum() / (y.square() * w).sum()
             loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

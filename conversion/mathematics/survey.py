@@ -47,7 +47,7 @@ def gradient_moments(folder: Path, layer: int, device: torch.device) -> tuple[Te
     return moments["keys"].to(device), moments["values"].to(device)
 
 
-def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> int:
+def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole: Tensor) -> int:
     """Leave every layer's inputs and gradient moments on calibration text in `folder`.
 
     Args:
@@ -55,6 +55,7 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> in
         windows: token ids [windows, tokens].
         batch: windows per pass.
         folder: where to.
+        whole: which windows are one text from beginning to end [windows]; in others a loss that rises says nothing.
 
     Returns:
         The context that the model shows to be trained for, see `trained_context`. If that is less than `tokens`, there are no
@@ -73,15 +74,16 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path) -> in
             progress.update()
 
         gradient = states  # of the loss, at the output of the layer at work
-        losses = torch.zeros(windows.shape[1] - 1, dtype=torch.float64)
+        losses = []  # [B, tokens - 1] of each part
         with stream.head() as head:
             for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
                 at_output, at_tokens = loss_gradient(head, part.to(stream.device), ids.to(stream.device))
                 part.copy_(at_output)
-                losses += at_tokens.sum(0).double().cpu()
-        if not torch.isfinite(losses).all():
+                losses.append(at_tokens.double().cpu())
+        each = torch.cat(losses)
+        if not torch.isfinite(each).all():
             raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; {damage(stream.checkpoint)}")
-        context = trained_context(losses / len(windows))
+        context = trained_context(each[whole].mean(0)) if whole.any() else windows.shape[1]
         if context < windows.shape[1]:
             return context
         for index in reversed(range(len(stream))):

@@ -36,12 +36,13 @@ from ..output.reports import Candidate, LayerReport, TextReport, with_sides
 from ..source.checkpoint import load_file, save_file
 from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
+from ..source.own_text import OWN_TEXT
 from ..source.streaming import LayerStream, allocate
 
 
 logger = logging.getLogger(__name__)
 
-FIRST_LENGTH = 256
+FIRST_LENGTH = 256  # tokens in a sequence of which each sees itself alone, as if it came first
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.03  # of the error that a split is tried with: another text changes as much
@@ -104,17 +105,18 @@ class Job:
         self.more = [windows.reshape(-1, window) for windows in self.more]
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
-        length = min(FIRST_LENGTH, window)
-        alone = torch.eye(length, dtype=torch.bool, device=self.device)[None, None]  # each token sees itself: as if it came first
-        self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
-        tokens = self.windows.unique()
-        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))][: self.scale.first]
-        self.firsts = tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
         self.batch = max(1, self.scale.batch // window)  # windows
         places = torch.arange(len(self.windows)).split([len(windows) for windows in self.texts.values()])
         held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
         self.train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
         self.held = {name: text[-count:] for name, text, count in zip(self.texts, places, held, strict=True)}
+        length = min(FIRST_LENGTH, window)
+        alone = torch.full((1, 1, length, length), torch.finfo(self.stream.dtype).min, dtype=self.stream.dtype, device=self.device)
+        alone.diagonal(dim1=2, dim2=3).zero_()
+        self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
+        tokens = self.windows.unique()
+        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))[: self.scale.first]]
+        self.firsts = tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
         self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
@@ -137,7 +139,7 @@ class Job:
         """
         surveyed, prepared = self.folder / "surveyed.json", self.folder / "prepared.json"
         if processes.is_main_process and not surveyed.exists():
-            while (context := survey(self.stream, self.windows[self.surveyed], self.batch, self.folder)) < self.windows.shape[1]:
+            while (context := self.survey()) < self.windows.shape[1]:
                 logger.warning(
                     "%s predicts worse beyond %s tokens of context than within: calibrating on sequences of that length",
                     self.checkpoint.name,
@@ -155,6 +157,13 @@ class Job:
         for inputs in self.folder.glob("inputs-*") if processes.is_main_process else ():
             inputs.unlink()
         return [Candidate(**entry) for entry in json.loads(prepared.read_text(encoding="utf-8"))]
+
+    def survey(self) -> int:
+        """Survey the model; returns the context that it shows to be trained for."""
+        names = [name for name, windows in self.texts.items() for _ in windows]
+        # Sequences of own text are put end to end.
+        whole = torch.tensor([names[place] != OWN_TEXT for place in self.surveyed.tolist()])
+        return survey(self.stream, self.windows[self.surveyed], self.batch, self.folder, whole)
 
     def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""
@@ -206,7 +215,7 @@ class Job:
                         weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
                     save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
                 advance(layer, self.stream.calls[index], states, self.batch, self.device)
-                advance(layer, self.alone[index], firsts, 1, self.device)
+                advance(layer, self.alone[index], firsts, max(1, self.scale.batch // firsts.shape[1]), self.device)
 
     def convert_layer(
         self,
@@ -229,6 +238,7 @@ class Job:
             train: windows of each text to fit to.
             held: windows of each text to measure errors on, by its name.
             steps: of reconstruction.
+            firsts: hidden states that enter it, of tokens that each come first in a sequence [sequences, tokens, D].
 
         Returns:
             The converted attention, its errors, and its spectrum.
@@ -237,7 +247,7 @@ class Job:
         call = self.stream.calls[index]
         position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
         first = None
-        if firsts is not None and FIRST_SHARE:
+        if firsts is not None:
             cut = tuple(part[:, : firsts.shape[1]] for part in position_embeddings)
             first = LayerTask(layer, self.alone[index], firsts, cut, self.device)
         task = LayerTask(layer, call, states, position_embeddings, self.device, first)
@@ -248,8 +258,9 @@ class Job:
         for part in fit:
             moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
         if first is not None:
-            for part in torch.arange(len(firsts)).split(1):
-                moment += FIRST_SHARE * second_moment(first.batch(part)[0]) / firsts[..., 0].numel()
+            for place in torch.arange(len(first.states)).split(1):
+                x, *_ = first.batch(place)
+                moment += FIRST_SHARE * second_moment(x) / first.states[..., 0].numel()
         mla, spectrum = convert_attention(
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
