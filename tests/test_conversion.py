@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,7 +17,7 @@ from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
-from hf_mla_conversion.mathematics.survey import gradient_moments, layer_inputs, survey, trained_context
+from hf_mla_conversion.mathematics.survey import advance, gradient_moments, layer_inputs, survey, trained_context
 from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
@@ -42,7 +43,7 @@ def test_survey_equals_the_librarys_own_backward_pass(tmp_path, family, changes)
     windows = torch.randint(3, 4096, (4, 128))
     stream = LayerStream(open_checkpoint(source), torch.device("cpu"), torch.float32)
     stream.record_calls(128)
-    assert survey(stream, windows, 2, tmp_path) == 128
+    assert survey(stream, windows, 2, tmp_path, torch.ones(4, dtype=torch.bool)) == 128
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     hidden = model(windows, output_hidden_states=True).hidden_states
@@ -64,6 +65,51 @@ def test_survey_equals_the_librarys_own_backward_pass(tmp_path, family, changes)
         for name, measured in zip(("keys", "values"), gradient_moments(tmp_path, index, torch.device("cpu")), strict=True):
             expected = totals[index, name]
             assert (measured - expected).norm() < 1e-3 * expected.norm(), (index, name)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+def test_first_tokens_are_those_of_the_library(tmp_path, family):
+    """Each token of a pass is as the library's model has it alone in a sequence."""
+    source = make_source(tmp_path / "source", family, num_hidden_layers=3, **FAMILIES[family])
+    texts = {"text": torch.randint(3, 4096, (8, 64))}
+    job = Job(match_model(open_checkpoint(source)), tmp_path, texts, 512, torch.device("cpu"), 0, 0, "exact")
+    assert job.firsts.unique().tolist() == texts["text"].unique().tolist()
+    states = torch.empty(*job.firsts.shape, job.stream.config.hidden_size)
+    job.stream.embed(job.firsts, states)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model(job.firsts.view(-1, 1), output_hidden_states=True).hidden_states
+    for index in range(3):
+        torch.testing.assert_close(states.view(-1, 1, states.shape[-1]), hidden[index], rtol=0, atol=1e-5)
+        with job.stream.layer(index) as layer:
+            advance(layer, job.alone[index], states, 2, torch.device("cpu"))
+
+
+def test_a_fit_to_first_tokens_is_closer_there(tmp_path):
+    """In closed form and after some steps; and what follows does not suffer."""
+    windows = calibration_windows(open_checkpoint(MODEL), AutoTokenizer.from_pretrained(MODEL), None, 4096, 128, 0)
+    errors = {}
+    for steps in (0, 4):
+        job = Job(match_model(open_checkpoint(MODEL)), tmp_path, {"text": windows}, 4096, torch.device("cpu"), steps, 0, "exact")
+        job.prepare([(44, 16)], PartialState(cpu=True))
+        config = job.config(44, 16, "float32")
+        states, firsts = (torch.empty(*ids.shape, config.hidden_size) for ids in (job.windows, job.firsts))
+        job.stream.embed(job.windows, states)
+        job.stream.embed(job.firsts, firsts)
+        for seen in (None, firsts):
+            with job.stream.layer(0) as layer:
+                mla, report, _ = job.convert_layer(0, layer, states, config, job.train, job.held, steps, seen)
+                x = layer.input_layernorm(firsts.view(-1, 1, config.hidden_size))
+                position = job.stream.rotary(x, torch.zeros(1, 1, dtype=torch.long))
+                expected = layer.self_attn(hidden_states=x, position_embeddings=position, attention_mask=None)[0]
+                position = type(job.stream.rotary)(config=config)(x, torch.zeros(1, 1, dtype=torch.long))
+                found = mla(x, position, attention_mask=None)[0]
+            errors[steps, seen is not None] = ((found - expected).square().sum() / expected.square().sum()).item(), report
+    for steps in (0, 4):
+        (plain, before), (close, after) = errors[steps, False], errors[steps, True]
+        assert close < 0.8 * plain
+        name = "error_reconstructed" if steps else "error_closed_form"
+        assert getattr(after, name) < 1.05 * getattr(before, name)
 
 
 def test_trained_context():

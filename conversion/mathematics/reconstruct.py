@@ -95,8 +95,8 @@ class LayerTask:
         fit = OutputFit(mla.o_proj.weight)
         energy = self.add_rows(fit, mla, parts)
         if self.first is not None:
-            parts = torch.arange(len(self.first.states)).split(1)
-            self.first.add_rows(fit, mla, parts, FIRST_SHARE * energy / len(parts))
+            count = len(self.first.states)
+            self.first.add_rows(fit, mla, torch.arange(count).split(1), FIRST_SHARE * energy / count)
         mla.o_proj.weight.copy_(fit.solve())
 
     def add_rows(self, fit: OutputFit, mla: MLAAttention, parts: Iterable[Tensor], energy: float | None = None) -> float:
