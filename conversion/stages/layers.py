@@ -42,7 +42,7 @@ from ..source.streaming import LayerStream, allocate
 
 logger = logging.getLogger(__name__)
 
-FIRST_LENGTH = 256  # tokens in a sequence of which each sees itself alone, as if it came first
+FIRST_LENGTH = 64  # tokens in a sequence of which each sees itself alone, as if it came first
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.03  # of the error that a split is tried with: another text changes as much
