@@ -87,23 +87,6 @@ def test_what_is_trained_changes_and_nothing_else(pair, tmp_path, train):
     assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
-def test_every_fourth_step_goes_through_short_sequences(pair, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(distillation, "SHORT", 16)
-    whole = distillation.DistillationTrainer._loss
-
-    def watch(trainer, states):
-        if trainer.model.training:
-            ids, target = trainer._batch
-            assert target.shape[:2] == ids.shape
-            seen.append(tuple(ids.shape))
-        return whole(trainer, states)
-
-    monkeypatch.setattr(distillation.DistillationTrainer, "_loss", watch)
-    small(pair, tmp_path / "healed", train="attention", steps=6)
-    assert seen == [(4, 64), (16, 16), (4, 64), (4, 64), (4, 64), (16, 16)]
-
-
 def test_a_trained_model_gets_closer_to_its_source(converted, tmp_path):
     from hf_mla_conversion import verify
 

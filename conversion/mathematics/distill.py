@@ -26,9 +26,6 @@ from .scales import HEAD_TOKENS
 
 
 BEST = "best.safetensors"
-# Every so many steps go through sequences as short as that: a sequence's first token is what a model rests its attention on, and
-# long sequences have few.
-SHORT_EVERY, SHORT = 4, 128
 
 
 def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor, Tensor]:
@@ -145,8 +142,6 @@ class DistillationTrainer(Trainer):
         self.check_finite()
         ids, target = inputs["input_ids"], None
         if model.training:
-            if self.state.global_step % SHORT_EVERY == 1 and ids.shape[1] % SHORT == 0:
-                ids = ids.view(-1, SHORT)
             with torch.no_grad():
                 target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         self._batch, self._watched = (ids, target), []  # references to tensors that the backward pass keeps anyway
