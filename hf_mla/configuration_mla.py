@@ -23,7 +23,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from transformers.utils import logging
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 logger = logging.get_logger(__name__)
 
