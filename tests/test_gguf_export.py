@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM,
 
 from hf_mla_conversion import UserError, export
 from hf_mla_conversion.cli import main
+from hf_mla_conversion.output.folder import locked, work_folder
 from hf_mla_conversion.output.gguf import encoded
 from hf_mla_conversion.output.gguf_vocabulary import tokenizer_refusal, vocabulary
 from hf_mla_conversion.source.checkpoint import Checkpoint
@@ -295,8 +296,19 @@ def test_cut_short_it_leaves_nothing(tmp_path, tokenizer, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", fail)
+    if isinstance(error, OSError):  # what is buffered has no room either
+        monkeypatch.setattr(GGUFWriter, "close", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError
     with pytest.raises(expected) as raised:
         export(folder, str(tmp_path / "m.gguf"), format="gguf", overwrite=True)
     assert expected is KeyboardInterrupt or "No space left on device; nothing is kept" in str(raised.value)
     assert (tmp_path / "m.gguf").read_bytes() == b"old" and {path.name for path in tmp_path.iterdir()} == {"mla", "m.gguf"}
+
+
+def test_two_processes_do_not_write_one_file(tmp_path, tokenizer):
+    folder, _ = make(tmp_path / "mla", tokenizer)
+    path = tmp_path / "m.gguf"
+    with locked(work_folder(path), path), pytest.raises(UserError, match="is being written already, by process"):
+        export(folder, str(path), format="gguf")
+    export(folder, str(path), format="gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"mla", "m.gguf"}

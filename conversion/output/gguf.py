@@ -11,6 +11,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ..source.gguf_file import CHUNK, LAYER_NAMES, NAMES
 from ..source.matching import ModelCheckpoint
 from .card import licence
 from .deepseek import HEAD, DeepseekV3Export, widths_of
-from .folder import lies_in
+from .folder import arrive, lies_in, locked, work_folder
 from .gguf_vocabulary import Vocabulary, vocabulary
 from .reports import ExportReport, PerSide
 from .tables import size
@@ -157,19 +158,23 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
     free = shutil.disk_usage(path.parent).free
     if free < written:
         raise UserError(f"{path.parent} has {size(free)} free, the file takes {size(written)}; make room or write elsewhere")
-    partial = path.with_name(f".{path.name}.partial")
+    work = work_folder(path)
+    partial = work / path.name
     try:
-        try:
-            writer.write_header_to_file(partial)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for data in exported.data():
-                writer.write_tensor_data(data)
-            writer.close()
-            partial.replace(path)
-        finally:
-            writer.close()
-            partial.unlink(missing_ok=True)
+        with locked(work, path):
+            try:
+                writer.write_header_to_file(partial)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for data in exported.data():
+                    writer.write_tensor_data(data)
+                writer.close()
+                arrive(work)
+                partial.replace(path)
+            finally:
+                with suppress(OSError):  # of a full disk: what is buffered cannot be written
+                    writer.close()
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {dest}: {error.strerror or error}; nothing is kept") from None
     floats = exported.widths.kv_floats_per_token_per_layer
