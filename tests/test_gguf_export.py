@@ -260,11 +260,14 @@ def test_a_tokenizer_is_refused_before_any_work(tmp_path, capsys):
         ("mla/m.gguf", {}, "lies in the checkpoint"),
         ("there.gguf", {}, "there.gguf exists; choose another name, or pass --overwrite"),
         ("nowhere/m.gguf", {}, "there is no folder .*nowhere; make it first"),
+        ("loop.gguf", {}, "cannot write .*loop"),
+        (f"{'n' * 300}.gguf", {}, "cannot write .*File name too long"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, tokenizer, dest, options, message):
     folder, _ = make(tmp_path / "mla", tokenizer)
     (tmp_path / "there.gguf").write_bytes(b"old")
+    (tmp_path / "loop.gguf").symlink_to("loop.gguf")
     with pytest.raises(UserError, match=message):
         export(folder, str(tmp_path / dest), format="gguf", **options)
     export(folder, str(tmp_path / "there.gguf"), format="gguf", overwrite=True)

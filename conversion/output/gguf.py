@@ -192,15 +192,18 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
 def checked_file(dest: str, checkpoint: ModelCheckpoint, *, overwrite: bool) -> Path:
     """The file to write, or a UserError."""
     assert checkpoint.folder is not None
-    path = user_path(dest).resolve()
-    if path.is_dir() or path.suffix != ".gguf":
-        raise UserError(f"{dest} is no name of a .gguf file; give one, such as {Path(dest) / 'model.gguf'}")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}; make it first")
-    if lies_in(path, checkpoint.folder):
-        raise UserError(f"{dest} lies in the checkpoint; choose another folder")
-    if path.exists() and not overwrite:
-        raise UserError(f"{dest} exists; choose another name, or pass --overwrite")
+    try:
+        path = user_path(dest).resolve()
+        if path.is_dir() or path.suffix != ".gguf":
+            raise UserError(f"{dest} is no name of a .gguf file; give one, such as {Path(dest) / 'model.gguf'}")
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent}; make it first")
+        if lies_in(path, checkpoint.folder):
+            raise UserError(f"{dest} lies in the checkpoint; choose another folder")
+        if path.exists() and not overwrite:
+            raise UserError(f"{dest} exists; choose another name, or pass --overwrite")
+    except (OSError, RuntimeError) as error:  # the latter from links in a circle
+        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 
