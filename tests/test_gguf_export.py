@@ -261,7 +261,7 @@ def test_a_tokenizer_is_refused_before_any_work(tmp_path, capsys):
         ("there.gguf", {}, "there.gguf exists; choose another name, or pass --overwrite"),
         ("nowhere/m.gguf", {}, "there is no folder .*nowhere; make it first"),
         ("loop.gguf", {}, "cannot write .*loop"),
-        (f"{'n' * 300}.gguf", {}, "cannot write .*File name too long"),
+        (f"{'n' * 300}.gguf", {}, "File name too long"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, tokenizer, dest, options, message):

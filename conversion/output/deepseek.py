@@ -66,7 +66,7 @@ def refusal(config: Any) -> str | None:
 
 def possible_exports(config: Any, tokenizer: Any = None) -> dict[str, str | None]:
     """For each format why a converted model cannot be exported to it, by its configuration and tokenizer, or None if it can."""
-    reasons = dict.fromkeys(FORMATS, refusal(config))
+    reasons: dict[str, str | None] = dict.fromkeys(FORMATS, refusal(config))
     if tokenizer is not None:
         reasons["gguf"] = reasons["gguf"] or tokenizer_refusal(tokenizer, config.vocab_size)
     return reasons

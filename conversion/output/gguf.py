@@ -176,7 +176,8 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
                     writer.close()
                 partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {dest}: {error.strerror or error}; nothing is kept") from None
+        why = error.strerror or f"the disk seems to be full ({error})"  # NumPy says how much it wrote, not why
+        raise UserError(f"cannot write {dest}: {why}; nothing is kept") from None
     floats = exported.widths.kv_floats_per_token_per_layer
     return ExportReport(
         format="gguf",
