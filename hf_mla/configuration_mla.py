@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 __version__ = "0.2.0"
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("hf_mla")  # the same one in all copies of this file: what is said once is said once
 
 try:  # by this file where it is the package's; where it has travelled, by a package that may be newer
     INSTALLED = metadata.version("hf-mla")
