@@ -11,7 +11,6 @@ CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tes
 PYTEST := -m pytest -q -n 2 --dist worksteal
 # Serving engines, each in an environment of its own; `make test-vllm` and `make test-llamacpp` run one.
 ENGINES := vllm llamacpp
-LLAMACPP_TESTS := tests/engines/test_llamacpp.py
 test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check style test-versions test-newest test-engines $(ENGINES:%=test-%) clean
@@ -30,7 +29,7 @@ test: $(VENV)/ready  ## linter, type checker, docstrings, tests; with llama.cpp 
 	  export LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python); \
 	else \
 	  echo "llama.cpp is left out: no wheel of it for this Python on this system, or no network (make test-llamacpp shows which)"; \
-	fi; $(BIN)/python $(PYTEST) tests $(LLAMACPP_TESTS)
+	fi; $(BIN)/python $(PYTEST)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -73,7 +72,7 @@ $(VENV)-llamacpp/ready:
 	touch $@
 
 test-llamacpp: $(VENV)/ready $(VENV)-llamacpp/ready
-	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) $(BIN)/python -m pytest -q $(LLAMACPP_TESTS)
+	LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python) $(BIN)/python -m pytest -q tests/engines/test_llamacpp.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info
