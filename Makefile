@@ -25,7 +25,7 @@ demo: $(VENV)/ready  ## convert the bundled model, verify it, generate from both
 
 test: $(VENV)/ready  ## linter, type checker, docstrings, tests; with llama.cpp where it can be installed
 	$(MAKE) check
-	if $(MAKE) --silent $(VENV)-llamacpp/ready 2> /dev/null; then \
+	@if $(MAKE) --silent $(VENV)-llamacpp/ready 2> /dev/null; then \
 	  export LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python); \
 	else \
 	  echo "llama.cpp is left out: no wheel of it for this Python on this system, or no network (make test-llamacpp shows which)"; \
