@@ -9,7 +9,7 @@ CORE := tests/test_config.py tests/test_structure.py tests/test_exactness.py tes
   tests/test_export.py tests/test_heads.py tests/test_remote_code.py tests/test_continuous.py
 # As many processes as CI has cores, of one thread each.
 PYTEST := -m pytest -q -n 2 --dist worksteal
-# Serving engines; `make test-vllm` and `make test-llamacpp` are targets of their own.
+# Serving engines, each in an environment of its own; `make test-vllm` and `make test-llamacpp` run one.
 ENGINES := vllm llamacpp
 test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
@@ -23,9 +23,13 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## convert the bundled model, verify it, generate from both
 	$(BIN)/hf-mla demo
 
-test: $(VENV)/ready  ## linter, type checker, docstrings, tests, examples
+test: $(VENV)/ready  ## linter, type checker, docstrings, tests; with llama.cpp where it can be installed
 	$(MAKE) check
-	$(BIN)/python $(PYTEST)
+	@if $(MAKE) --silent $(VENV)-llamacpp/ready 2> /dev/null; then \
+	  export LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python); \
+	else \
+	  echo "llama.cpp is left out: no wheel of it for this Python on this system, or no network (make test-llamacpp shows which)"; \
+	fi; $(BIN)/python $(PYTEST)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -51,7 +55,7 @@ test-newest: install-newest  ## the core, on a version that may have appeared si
 	$(VENV)-newest/bin/pip list --disable-pip-version-check | grep '^transformers '
 	$(VENV)-newest/bin/python $(PYTEST) $(CORE)
 
-test-engines: $(ENGINES:%=test-%)  ## checkpoints in serving engines, each in an environment of its own
+test-engines: $(ENGINES:%=test-%)  ## checkpoints in serving engines
 
 $(VENV)-vllm/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-vllm
@@ -62,7 +66,6 @@ $(VENV)-vllm/ready: pyproject.toml
 test-vllm: $(VENV)-vllm/ready
 	$(VENV)-vllm/bin/python -m pytest -q tests/engines/test_vllm.py
 
-# llama.cpp as a wheel, in an environment of its own.
 $(VENV)-llamacpp/ready:
 	$(PYTHON) -m venv $(VENV)-llamacpp
 	$(VENV)-llamacpp/bin/pip install --quiet --disable-pip-version-check --only-binary :all: cyllama==0.2.18 numpy

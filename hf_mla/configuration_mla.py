@@ -23,9 +23,9 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from transformers.utils import logging
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-logger = logging.get_logger(__name__)
+logger = logging.get_logger("hf_mla")  # the same one in all copies of this file: what is said once is said once
 
 try:  # by this file where it is the package's; where it has travelled, by a package that may be newer
     INSTALLED = metadata.version("hf-mla")
@@ -190,6 +190,12 @@ def window_of(config: Any, layer_idx: int) -> int | None:
     return getattr(config, "sliding_window", None) if sliding else None
 
 
+def slides(config: Any) -> bool:
+    """Whether a layer attends to fewer tokens than the model takes."""
+    windows = (window_of(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+    return any(window is not None and window < config.max_position_embeddings for window in windows)
+
+
 def release(version: str) -> tuple[int, ...]:
     """The (major, minor) of a version string; compatibility may change with either."""
     return tuple(int(part) for part in version.split(".")[:2])
@@ -236,8 +242,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         raise NotImplementedError(
             f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
         )
-    windows = (window_of(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
-    if any(window is not None and window < config.max_position_embeddings for window in windows):
+    if slides(config):
         raise NotImplementedError(
             f"sliding_window is {config.sliding_window}; vLLM attends to all latents. Serve only what fits in the window "
             f"(--hf-overrides '{{\"sliding_window\": null}}' --max-model-len {config.sliding_window}), {expanded}."

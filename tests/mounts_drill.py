@@ -65,6 +65,10 @@ for size in (8, 200, 1100):  # kB
     subprocess.run(["mount", "-o", "remount,size=100m", full], check=True)
     assert run("convert", source, full, *options) == (0, "")
     assert weights(full) == weights(whole)
+for size in (8, 200):  # kB
+    full, _ = mount(folder / f"export{size}", f"size={size}k")
+    code, line = run("export", whole, full / "deepseek", "--format", "deepseek_v3")
+    assert code == 2 and line.endswith("No space left on device; nothing is kept") and not list(full.iterdir()), line
 shutil.disk_usage = free
 
 read_only, _ = mount(folder / "read-only", "size=1m")

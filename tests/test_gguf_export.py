@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM,
 
 from hf_mla_conversion import UserError, export
 from hf_mla_conversion.cli import main
+from hf_mla_conversion.output.folder import locked, work_folder
 from hf_mla_conversion.output.gguf import encoded
 from hf_mla_conversion.output.gguf_vocabulary import tokenizer_refusal, vocabulary
 from hf_mla_conversion.source.checkpoint import Checkpoint
@@ -259,11 +260,14 @@ def test_a_tokenizer_is_refused_before_any_work(tmp_path, capsys):
         ("mla/m.gguf", {}, "lies in the checkpoint"),
         ("there.gguf", {}, "there.gguf exists; choose another name, or pass --overwrite"),
         ("nowhere/m.gguf", {}, "there is no folder .*nowhere; make it first"),
+        ("loop.gguf", {}, "cannot write .*loop"),
+        (f"{'n' * 300}.gguf", {}, "File name too long"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, tokenizer, dest, options, message):
     folder, _ = make(tmp_path / "mla", tokenizer)
     (tmp_path / "there.gguf").write_bytes(b"old")
+    (tmp_path / "loop.gguf").symlink_to("loop.gguf")
     with pytest.raises(UserError, match=message):
         export(folder, str(tmp_path / dest), format="gguf", **options)
     export(folder, str(tmp_path / "there.gguf"), format="gguf", overwrite=True)
@@ -295,8 +299,19 @@ def test_cut_short_it_leaves_nothing(tmp_path, tokenizer, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", fail)
+    if isinstance(error, OSError):  # what is buffered has no room either
+        monkeypatch.setattr(GGUFWriter, "close", fail)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else UserError
     with pytest.raises(expected) as raised:
         export(folder, str(tmp_path / "m.gguf"), format="gguf", overwrite=True)
     assert expected is KeyboardInterrupt or "No space left on device; nothing is kept" in str(raised.value)
     assert (tmp_path / "m.gguf").read_bytes() == b"old" and {path.name for path in tmp_path.iterdir()} == {"mla", "m.gguf"}
+
+
+def test_two_processes_do_not_write_one_file(tmp_path, tokenizer):
+    folder, _ = make(tmp_path / "mla", tokenizer)
+    path = tmp_path / "m.gguf"
+    with locked(work_folder(path), path), pytest.raises(UserError, match="is being written already, by process"):
+        export(folder, str(path), format="gguf")
+    export(folder, str(path), format="gguf")
+    assert {path.name for path in tmp_path.iterdir()} == {"mla", "m.gguf"}

@@ -1,5 +1,6 @@
 """An older checkpoint gets today's code and configuration; whatever goes wrong, it is the older or the newer one, whole."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ def old(new, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     del config["num_key_norms"]
     config["auto_map"] = {name: config["auto_map"][name] for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
-    write(folder, config | {"hf_mla_version": "0.0.9", "of_the_users": [1]})
+    write(folder, config | {"hf_mla_version": "0.1.0", "of_the_users": [1]})
     return folder
 
 
@@ -72,7 +73,7 @@ def test_refreshed_code_loads_and_gives_the_same_logits(new, old, tmp_path):
         assert (old / file).read_bytes() == (Path(hf_mla.__file__).parent / file).read_bytes()
     fresh = json.loads((new / "config.json").read_text())
     assert json.loads((old / "config.json").read_text()) == fresh | {"of_the_users": [1]}
-    assert Path(report.backup) == old / "before-refresh-1" and report.version_before == "0.0.9"
+    assert Path(report.backup) == old / "before-refresh-1" and report.version_before == "0.1.0"
     assert contents(old / "before-refresh-1") == {file: (before / file).read_bytes() for file in ("config.json", "modeling_mla.py")}
 
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
@@ -197,10 +198,13 @@ def test_unfinished_work_is_left_alone(old):
 
 def test_loading_an_older_checkpoint_advises_once(old, caplog, monkeypatch):
     logging.getLogger("transformers").propagate = True
-    for _ in range(2):
-        LlamaMLAConfig.from_pretrained(old)
+    spec = importlib.util.spec_from_file_location("another_configuration_mla", old / "configuration_mla.py")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    for config in (LlamaMLAConfig, LlamaMLAConfig, copy.LlamaMLAConfig):  # the library may run the code several times
+        config.from_pretrained(old)
     advice = [record.getMessage() for record in caplog.records]
-    assert len(advice) == 1 and "hf-mla refresh FOLDER" in advice[0] and "hf_mla 0.0.9" in advice[0]
+    assert len(advice) == 1 and "hf-mla refresh FOLDER" in advice[0] and "hf_mla 0.1.0" in advice[0]
     caplog.clear()
     refresh(str(old))
     LlamaMLAConfig.from_pretrained(old)

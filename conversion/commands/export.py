@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a converted model in a layout that serving engines have of their own."""
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +10,14 @@ import torch
 
 from ..errors import UserError
 from ..output.card import add_export
-from ..output.deepseek import ENGINE_WIDTHS, FORMATS, DeepseekV3Export, engine_refusals, widths_of
+from ..output.deepseek import ENGINE_WIDTHS, FORMATS, DeepseekV3Export, engine_refusals, refusal, widths_of
 from ..output.folder import check_output
 from ..output.gguf import export_gguf
 from ..output.gguf_vocabulary import tokenizer_refusal
 from ..output.progress import source_fingerprint, versions, work_on, write_json
 from ..output.reports import ExportReport, PerSide
 from ..output.writing import GENERATION, carry, generation_settings
-from ..source.checkpoint import RECORD, Checkpoint, ShardWriter, open_checkpoint
+from ..source.checkpoint import RECORD, Checkpoint, ShardWriter, open_checkpoint, read_record
 from ..source.loading import launched_processes
 from ..source.matching import match_model
 from ..source.tokenizer import load_tokenizer
@@ -70,7 +69,7 @@ def export(
         raise UserError(f"{out} is a {format!r} already; there is nothing to export")
     if not checkpoint.config.model_type.endswith("_mla"):
         raise UserError(f"{out} is a {checkpoint.config.model_type!r}, not a converted model; convert it first")
-    reason = FORMATS[format](checkpoint.config)
+    reason = refusal(checkpoint.config)
     if reason is not None:
         return ExportReport(format, reason)
     checkpoint = match_model(checkpoint)
@@ -135,15 +134,6 @@ def source_floats(folder: Path) -> int | None:
         return int(read_record(folder)["report"]["kv_floats_per_token_per_layer"]["source"])
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a converted checkpoint; empty if it has none that can be read."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def record_export(folder: Path, output: Path, report: ExportReport, recipe: dict[str, Any], name: str) -> None:

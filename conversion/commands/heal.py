@@ -5,7 +5,6 @@
 the record of what was done, and verifies it.
 """
 
-import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from ..output.card import add_healing
 from ..output.folder import check_output
 from ..output.progress import source_fingerprint, token_fingerprint, versions, work_on, write_json
 from ..output.reports import HealReport
-from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint
+from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint, read_record
 from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
 from ..source.matching import match_model
 from ..source.text import read_text, token_windows
@@ -204,9 +203,9 @@ def trained_window(checkpoint: Checkpoint, device: torch.device) -> int:
     assert checkpoint.folder is not None
     window = min(SCALES[device.type].window, checkpoint.config.max_position_embeddings)
     try:
-        record = json.loads((checkpoint.folder / RECORD).read_text(encoding="utf-8"))
-        return min(window, int(record["report"]["window"])) if record["report"]["window"] >= 64 else window
-    except (OSError, ValueError, KeyError, TypeError):
+        fitted = int(read_record(checkpoint.folder)["report"]["window"])
+        return min(window, fitted) if fitted >= 64 else window
+    except (ValueError, KeyError, TypeError):
         return window
 
 
@@ -225,9 +224,8 @@ def trained_parameters(checkpoint: Checkpoint, train: str, lora_rank: int) -> in
 
 def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:
     """Add what was done to the record and the card of a healed checkpoint, if it has them; `name` is its new one."""
-    record_file, card_file = output / RECORD, output / "README.md"
-    record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.exists() else {}
+    record, card_file = read_record(output), output / "README.md"
     entry = {"recipe": recipe, "report": asdict(report)}
-    write_json(record | {"healing": [*record.get("healing", []), entry]}, record_file)
+    write_json(record | {"healing": [*record.get("healing", []), entry]}, output / RECORD)
     if card_file.exists():
         card_file.write_text(add_healing(card_file.read_text(encoding="utf-8"), report, recipe, name), encoding="utf-8")

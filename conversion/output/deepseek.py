@@ -15,11 +15,13 @@ Notation: N, P, V, R as in `attention_mla.py`; in the export they may be wider, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_mla.configuration_mla import slides
 
 from ..source.checkpoint import DTYPES, TensorHeader
 from ..source.matching import ModelCheckpoint
@@ -27,6 +29,7 @@ from .gguf_vocabulary import tokenizer_refusal
 from .reports import Widths
 
 
+FORMATS = ("deepseek_v3", "gguf")  # which hold the same models, but for their tokenizers
 LIBRARY_EPS = 1e-6  # of the norm on the latent in Transformers' class
 ENGINE_WIDTHS = Widths(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)  # DeepSeek's own
 CARRIED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"]
@@ -46,10 +49,9 @@ def refusal(config: Any) -> str | None:
         return f"QK-norm is kept exactly, by {config.num_key_norms} more cached numbers; convert with --qk-norm fold"
     if config.hidden_act != "silu":
         return f"the MLP's activation is {config.hidden_act}; the layout has only silu"
-    layers = config.layer_types if getattr(config, "layer_types", None) else ["sliding_attention"]
-    window = getattr(config, "sliding_window", None) if "sliding_attention" in layers else None
-    if window is not None and window < config.max_position_embeddings:
-        return f"attention slides over {window:,} of {config.max_position_embeddings:,} tokens; the layout has no window"
+    if slides(config):
+        window, context = config.sliding_window, config.max_position_embeddings
+        return f"attention slides over {window:,} of {context:,} tokens; the layout has no window"
     rope_type = config.rope_parameters["rope_type"]
     if not has_plain_frequencies(config):
         return (
@@ -62,13 +64,9 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-# By what `--format` takes.
-FORMATS: dict[str, Callable[[Any], str | None]] = {"deepseek_v3": refusal, "gguf": refusal}
-
-
 def possible_exports(config: Any, tokenizer: Any = None) -> dict[str, str | None]:
     """For each format why a converted model cannot be exported to it, by its configuration and tokenizer, or None if it can."""
-    reasons = {name: reason(config) for name, reason in FORMATS.items()}
+    reasons: dict[str, str | None] = dict.fromkeys(FORMATS, refusal(config))
     if tokenizer is not None:
         reasons["gguf"] = reasons["gguf"] or tokenizer_refusal(tokenizer, config.vocab_size)
     return reasons

@@ -11,6 +11,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from ..source.gguf_file import CHUNK, LAYER_NAMES, NAMES
 from ..source.matching import ModelCheckpoint
 from .card import licence
 from .deepseek import HEAD, DeepseekV3Export, widths_of
-from .folder import lies_in
+from .folder import arrive, lies_in, locked, work_folder
 from .gguf_vocabulary import Vocabulary, vocabulary
 from .reports import ExportReport, PerSide
 from .tables import size
@@ -157,21 +158,26 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
     free = shutil.disk_usage(path.parent).free
     if free < written:
         raise UserError(f"{path.parent} has {size(free)} free, the file takes {size(written)}; make room or write elsewhere")
-    partial = path.with_name(f".{path.name}.partial")
+    work = work_folder(path)
+    partial = work / path.name
     try:
-        try:
-            writer.write_header_to_file(partial)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for data in exported.data():
-                writer.write_tensor_data(data)
-            writer.close()
-            partial.replace(path)
-        finally:
-            writer.close()
-            partial.unlink(missing_ok=True)
+        with locked(work, path):
+            try:
+                writer.write_header_to_file(partial)
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                for data in exported.data():
+                    writer.write_tensor_data(data)
+                writer.close()
+                arrive(work)
+                partial.replace(path)
+            finally:
+                with suppress(OSError):  # of a full disk: what is buffered cannot be written
+                    writer.close()
+                partial.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write {dest}: {error.strerror or error}; nothing is kept") from None
+        why = error.strerror or f"the disk seems to be full ({error})"  # NumPy says how much it wrote, not why
+        raise UserError(f"cannot write {dest}: {why}; nothing is kept") from None
     floats = exported.widths.kv_floats_per_token_per_layer
     return ExportReport(
         format="gguf",
@@ -187,15 +193,18 @@ def export_gguf(checkpoint: ModelCheckpoint, dest: str, tokenizer: Any, outtype:
 def checked_file(dest: str, checkpoint: ModelCheckpoint, *, overwrite: bool) -> Path:
     """The file to write, or a UserError."""
     assert checkpoint.folder is not None
-    path = user_path(dest).resolve()
-    if path.is_dir() or path.suffix != ".gguf":
-        raise UserError(f"{dest} is no name of a .gguf file; give one, such as {Path(dest) / 'model.gguf'}")
-    if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent}; make it first")
-    if lies_in(path, checkpoint.folder):
-        raise UserError(f"{dest} lies in the checkpoint; choose another folder")
-    if path.exists() and not overwrite:
-        raise UserError(f"{dest} exists; choose another name, or pass --overwrite")
+    try:
+        path = user_path(dest).resolve()
+        if path.is_dir() or path.suffix != ".gguf":
+            raise UserError(f"{dest} is no name of a .gguf file; give one, such as {Path(dest) / 'model.gguf'}")
+        if not path.parent.is_dir():
+            raise UserError(f"there is no folder {path.parent}; make it first")
+        if lies_in(path, checkpoint.folder):
+            raise UserError(f"{dest} lies in the checkpoint; choose another folder")
+        if path.exists() and not overwrite:
+            raise UserError(f"{dest} exists; choose another name, or pass --overwrite")
+    except (OSError, RuntimeError) as error:  # the latter from links in a circle
+        raise UserError(f"cannot write {dest}: {getattr(error, 'strerror', None) or error}") from None
     return path
 
 

@@ -304,6 +304,15 @@ def read_raw_config(folder: Path, source: str) -> dict[str, Any]:
     return raw
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """How a converted checkpoint was made; empty if it has no record that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def read_config(folder: Path, source: str) -> Any:
     """Load config.json through Transformers, which settles defaults and older spellings.
 

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert
 
+
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm")
 
 GENERATE = str(Path(__file__).parent / "vllm_generate.py")
 PROMPTS = (
