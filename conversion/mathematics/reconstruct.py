@@ -31,8 +31,10 @@ RATE = 0.08  # of the root mean square of a matrix; Muon moves its entries by a 
 LATENT_RATE = 2.0  # times that, for the projection to the latent
 MOMENTUM = 0.85
 FIRST_SHARE = 0.1  # of the error, beside all other tokens', for those that come first in a sequence
-FIRST_TOKENS = 1 / 16  # as many as a step has others
+FIRST_EVERY, FIRST_TOKENS = 4, 1 / 4  # steps of which one sees any, and how many as a share of its others
+FIRST_BATCH = 16  # sequences of them at a time
 WARMUP = 0.05  # share of the steps
+TINY = torch.finfo(torch.float32).tiny
 SNAPSHOTS = (0.5, 0.75)  # shares of the steps after which a layer may already be at its best
 
 
@@ -72,7 +74,7 @@ class LayerTask:
         states = self.states[windows.to(self.states.device)].to(self.device)
         x = self.layer.input_layernorm(states)
         y = self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
-        return x, y, 1 / (states + y).square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return x, y, 1 / (states + y).square().mean(-1, keepdim=True).clamp_min(TINY)
 
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
@@ -95,8 +97,8 @@ class LayerTask:
         fit = OutputFit(mla.o_proj.weight)
         energy = self.add_rows(fit, mla, parts)
         if self.first is not None:
-            count = len(self.first.states)
-            self.first.add_rows(fit, mla, torch.arange(count).split(1), FIRST_SHARE * energy / count)
+            batches = torch.arange(len(self.first.states)).split(FIRST_BATCH)
+            self.first.add_rows(fit, mla, batches, FIRST_SHARE * energy / len(batches))
         mla.o_proj.weight.copy_(fit.solve())
 
     def add_rows(self, fit: OutputFit, mla: MLAAttention, parts: Iterable[Tensor], energy: float | None = None) -> float:
@@ -108,7 +110,7 @@ class LayerTask:
                 x, y, w = self.batch(part)
                 residual = y - self.output(mla, x)
                 if energy is not None:
-                    w = w * (energy / (y.square() * w).sum())
+                    w = w * (energy / (y.square() * w).sum().clamp_min(TINY))
                 total += (y.square() * w).double().sum().item()
                 fit.add(heads.pop() * w.sqrt(), residual * w.sqrt())
         return total
@@ -169,16 +171,17 @@ def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Te
     if (first := task.first) is not None:
         count, length = first.states.shape[:2]
         size = max(1, round(FIRST_TOKENS * order.shape[1] * task.states.shape[1] / length))
-        first_order = shuffled(torch.arange(count), size, steps, 0)
+        first_order = shuffled(torch.arange(count), size, math.ceil(steps / FIRST_EVERY), 0)
     for step, windows in enumerate(order, 1):
         x, y, w = task.batch(windows)
         if energy is None:
-            energy = (y.square() * w).mean().clamp_min(torch.finfo(torch.float32).tiny)
+            energy = (y.square() * w).mean().clamp_min(TINY)
         with torch.enable_grad():
             loss = ((task.output(mla, x) - y).square() * w).mean() / energy
-            if first is not None:
-                x, y, w = first.batch(first_order[step - 1])
-                loss = loss + FIRST_SHARE * ((first.output(mla, x) - y).square() * w).sum() / (y.square() * w).sum()
+            if first is not None and step % FIRST_EVERY == 0:
+                x, y, w = first.batch(first_order[step // FIRST_EVERY - 1])
+                wrong = ((first.output(mla, x) - y).square() * w).sum()
+                loss = loss + FIRST_EVERY * FIRST_SHARE * wrong / (y.square() * w).sum().clamp_min(TINY)
             loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

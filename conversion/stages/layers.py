@@ -28,7 +28,7 @@ from ..errors import UserError
 from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
 from ..mathematics.measures import Comparison
 from ..mathematics.moments import LayerMoments, second_moment
-from ..mathematics.reconstruct import FIRST_SHARE, NORM_EPS, LayerTask, interleaved, mixed, reconstruct
+from ..mathematics.reconstruct import FIRST_BATCH, FIRST_SHARE, NORM_EPS, LayerTask, interleaved, mixed, reconstruct
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
@@ -258,8 +258,8 @@ class Job:
         for part in fit:
             moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
         if first is not None:
-            for place in torch.arange(len(first.states)).split(1):
-                x, *_ = first.batch(place)
+            for part in torch.arange(len(first.states)).split(FIRST_BATCH):
+                x, *_ = first.batch(part)
                 moment += FIRST_SHARE * second_moment(x) / first.states[..., 0].numel()
         mla, spectrum = convert_attention(
             layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
