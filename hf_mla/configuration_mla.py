@@ -236,7 +236,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         raise NotImplementedError(
             f"kv_lora_rank + qk_rope_head_dim is {rank} + {rope_dim}; vLLM caches latents of "
             f"{'512 + 64 on a CPU' if on_cpu else '320, 512 or 576 numbers in all'}. "
-            f"Convert to 512 + 64, or pad to that (hf-mla export --pad engine), {expanded}."
+            f"Convert to 512 + 64, or pad to that (hf-mla export --format deepseek_v3 --pad engine), {expanded}."
         )
     if config.num_key_norms:
         raise NotImplementedError(

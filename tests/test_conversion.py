@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
+from hf_mla_conversion.mathematics import survey as survey_module
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
 from hf_mla_conversion.mathematics.survey import advance, gradient_moments, layer_inputs, survey, trained_context
 from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
+from hf_mla_conversion.source.own_text import OWN_TEXT
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages import layers as layers_module
@@ -110,6 +112,23 @@ def test_a_fit_to_first_tokens_is_closer_there(tmp_path):
         assert close < 0.8 * plain
         name = "error_reconstructed" if steps else "error_closed_form"
         assert getattr(after, name) < 1.05 * getattr(before, name)
+
+
+def test_own_text_says_nothing_about_the_context(tmp_path, monkeypatch):
+    """It is put end to end: where a sequence begins anew, the loss rises."""
+    source = make_source(tmp_path / "source")
+    stream = LayerStream(open_checkpoint(source), torch.device("cpu"), torch.float32)
+    stream.record_calls(64)
+    monkeypatch.setattr(survey_module, "trained_context", lambda losses: len(losses) // 2 + 1)
+    windows = torch.randint(3, 4096, (4, 64))
+    for whole, context in ((torch.arange(4) < 2, 32), (torch.zeros(4, dtype=torch.bool), 64)):
+        assert survey(stream, windows, 2, tmp_path, whole) == context
+
+    seen = []
+    monkeypatch.setattr(layers_module, "survey", lambda *arguments: seen.append(arguments[-1].tolist()))
+    texts = {"prose": windows, OWN_TEXT: windows}
+    Job(match_model(open_checkpoint(source)), tmp_path, texts, 256, torch.device("cpu"), 0, 0, "exact").survey()
+    assert seen == [[True, False] * 3]  # one window of each is held back
 
 
 def test_trained_context():

@@ -94,7 +94,7 @@ WINDOW = r"sliding_window is 16; .*\{\"sliding_window\": null\}' --max-model-len
             "Llama",
             {"kv_lora_rank": 128, "qk_rope_head_dim": 32},
             True,
-            "is 128 [+] 32; .* 512 [+] 64 on a CPU. .*export --pad engine",
+            "is 128 [+] 32; .* 512 [+] 64 on a CPU. .*export --format deepseek_v3 --pad engine",
         ),
         ("Llama", {"kv_lora_rank": 256}, True, "is 256 [+] 64; .* 512 [+] 64 on a CPU"),
         ("Llama", {"kv_lora_rank": 448, "qk_rope_head_dim": 128}, True, "is 448 [+] 128; .* 512 [+] 64 on a CPU"),
