@@ -65,10 +65,13 @@ class MLAConfigMixin:
         attention_bias: whether `q_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases; `kv_b_proj` never has one.
         num_key_norms: how many numbers are cached beside the latent so that QK-norm stays exact: 0, or the number of
             key/value heads of the original. Only families with QK-norm take another value than 0.
+        key_norm_width: how many numbers of the original keys each of these is over, where it is all heads' together, and of the
+            queries likewise; None where it is a head's.
         hf_mla_version: the version of hf_mla that wrote the checkpoint.
     """
 
     has_qk_norm: ClassVar[bool] = False
+    has_sinks: ClassVar[bool] = False
     base_model_tp_plan: ClassVar[dict[str, str] | None]
 
     kv_lora_rank: int = 512
@@ -79,6 +82,7 @@ class MLAConfigMixin:
     kv_a_layernorm_eps: float = 1e-6
     attention_bias: bool = False
     num_key_norms: int = 0
+    key_norm_width: int | None = None
     hf_mla_version: str = __version__
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
@@ -167,8 +171,6 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
         raise ValueError(f"num_key_norms is {norms}; only 0 is possible for {config.model_type}, which has no QK-norm.")
     if norms < 0 or (norms and heads % norms):
         raise ValueError(f"num_key_norms is {norms}; it must be 0 or a divisor of num_attention_heads ({heads}).")
-    if norms and config.attention_bias:
-        raise ValueError("num_key_norms and attention_bias are both set; QK-norm is kept exactly only without biases.")
     if config.kv_a_layernorm_eps <= 0:
         raise ValueError(f"kv_a_layernorm_eps is {config.kv_a_layernorm_eps}; it must be positive.")
     if release(config.hf_mla_version) > release(__version__):
@@ -188,6 +190,11 @@ def window_of(config: Any, layer_idx: int) -> int | None:
     layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
     sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) if sliding else None
+
+
+def rotates(config: Any, layer_idx: int) -> bool:
+    """Whether a layer of a configuration, converted or not, has RoPE."""
+    return True
 
 
 def slides(config: Any) -> bool:

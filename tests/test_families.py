@@ -23,7 +23,7 @@ from hf_mla_conversion.commands.plan import make_plan
 from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
 from hf_mla_conversion.mathematics.moments import LayerMoments
 from hf_mla_conversion.source.checkpoint import open_checkpoint
-from hf_mla_conversion.source.families import FAMILIES, refusal
+from hf_mla_conversion.source.families import FAMILIES
 
 
 WINDOW = 16
@@ -90,6 +90,8 @@ EXACT = {  # family, what is not as in `make_source`, kv_lora_rank, qk_rope_head
     "Qwen2, window in one layer": ("Qwen2", {**SLIDING, **ONE}, 16, 16),
     "Qwen2, head_dim not given, tied": ("Qwen2", {**WIDE, "head_dim": None, "tie_word_embeddings": True}, 64, 64),
     "Qwen3": ("Qwen3", ONE, 16, 16),
+    "Qwen3, biases": ("Qwen3", {"attention_bias": True, **ONE}, 16, 16),
+    "Qwen3, biases, MHA of mixes": ("Qwen3", {"attention_bias": True, **MIXED}, 48, 16),
     "Qwen3, MHA of mixes": ("Qwen3", MIXED, 48, 16),
     "Qwen3, two heads, mixes": ("Qwen3", {"num_key_value_heads": 2, "mix": True}, 32, 16),
     "Qwen3, window in one layer": ("Qwen3", {**SLIDING, **ONE}, 16, 16),
@@ -118,7 +120,7 @@ def test_logits_equal_the_originals_in_float64(tmp_path, float64_norms, family, 
 @torch.no_grad()
 def test_only_position_is_lost_at_full_rank(tmp_path, float64_norms, family):
     """With all tokens at place 0 RoPE does nothing, and heads that share no rotary key are exact too, biases included."""
-    changes = {"attention_bias": True} if family == "Llama" else {}
+    changes = {"attention_bias": True} if family in ("Llama", "Qwen3") else {}
     original = load(make_source(tmp_path, family, dtype=torch.float64, **changes))
     converted = convert_model(original, rank=48, rope_dim=8)
     ids = torch.randint(3, 4096, (2, 40))
@@ -171,6 +173,7 @@ MODELS = {  # every family with each of its quirks
     "Qwen2, window in one layer": ("Qwen2", SLIDING | {"sliding_window": 8}),
     "Qwen3 exact": ("Qwen3", {"num_key_norms": 2}),
     "Qwen3 exact, window in one layer": ("Qwen3", SLIDING | {"sliding_window": 8, "num_key_norms": 2}),
+    "Qwen3 exact, biases": ("Qwen3", {"num_key_norms": 2, "attention_bias": True}),
     "Qwen3 fold": ("Qwen3", {}),
 }
 
@@ -318,6 +321,7 @@ def test_every_family_loads_where_hf_mla_is_not_installed(tmp_path):
         ("Mistral", {}, "exact", 32),
         ("Qwen2", {}, "exact", 32),
         ("Qwen3", {}, "exact", 34),
+        ("Qwen3", {"attention_bias": True}, "exact", 34),
         ("Qwen3", {}, "fold", 32),
     ],
 )
@@ -329,11 +333,6 @@ def test_plan_counts_every_number(tmp_path, family, changes, qk_norm, floats):
     assert plan.kv_floats_per_token_per_layer.converted == config.kv_floats_per_token_per_layer == floats
     assert plan.kv_bytes_per_token.converted == config.kv_bytes_per_token(itemsize=4)
     assert plan.bytes_written == 4 * sum(tensor.numel() for tensor in model.state_dict().values())
-
-
-def test_qwen3_with_biases_is_refused(tmp_path):
-    config = AutoConfig.from_pretrained(make_source(tmp_path, "Qwen3", attention_bias=True))
-    assert "attention_bias" in refusal(config)
 
 
 @pytest.mark.parametrize(("family", "missing"), [("Qwen2", "k_proj.bias"), ("Qwen3", "q_norm.weight")])

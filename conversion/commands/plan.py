@@ -71,16 +71,17 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     itemsize = ITEMSIZE[stored]
     converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, next(name for name in DTYPES if DTYPES[name] == stored), qk_norm)
     converted.kv_a_layernorm_eps = NORM_EPS  # as where anything is fitted
+    keys = norms * (converted.key_norm_width or head_dim)
     kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in checkpoint.kept.values())
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
         + (kv_lora_rank + qk_rope_head_dim) * hidden  # kv_a_proj_with_mqa
         + heads * 2 * head_dim * kv_lora_rank  # kv_b_proj
         + heads * head_dim * hidden  # o_proj
-        + norms * head_dim * hidden  # k_proj
+        + keys * hidden  # k_proj
     )
     if biased_projections(config):
-        attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden
+        attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden + keys
     layer = attention * itemsize + kv_lora_rank * max(itemsize, 4 if stored == "F16" else 0)  # kv_a_layernorm
     return PlanReport(
         model_type=config.model_type,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_mla.layer_mla import MLAAttention
 
+from ..source.attention import attend
 from .moments import OutputFit, hooks
 
 
@@ -72,14 +73,15 @@ class LayerTask:
         y and w are in float32 or wider.
         """
         states = self.states[windows.to(self.states.device)].to(self.device)
-        x = self.layer.input_layernorm(states)
-        y = self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
+        x, y = attend(self.layer, states, self.call)
+        y = y.to(self.wide)
         return x, y, 1 / (states + y).square().mean(-1, keepdim=True).clamp_min(TINY)
 
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
         with self.precision:
-            return mla(x, self.position_embeddings, attention_mask=self.call["attention_mask"])[0].to(self.wide)
+            place = {name: self.call.get(name) for name in ("attention_mask", "position_ids")}
+            return mla(x, self.position_embeddings, **place)[0].to(self.wide)
 
     @torch.no_grad()
     def error(self, mla: MLAAttention, parts: Iterable[Tensor]) -> float:

@@ -33,7 +33,9 @@ from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
+from ..source.attention import attention_name, attention_of
 from ..source.checkpoint import load_file, save_file
+from ..source.families import layer_type
 from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
@@ -243,9 +245,8 @@ class Job:
         Returns:
             The converted attention, its errors, and its spectrum.
         """
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
         call = self.stream.calls[index]
-        position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
+        position_embeddings = self.rotation(config, index, states)
         first = None
         if firsts is not None:
             cut = tuple(part[:, : firsts.shape[1]] for part in position_embeddings)
@@ -262,7 +263,7 @@ class Job:
                 x, *_ = first.batch(part)
                 moment += FIRST_SHARE * second_moment(x) / first.states[..., 0].numel()
         mla, spectrum = convert_attention(
-            layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
+            attention_of(layer), LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
         task.fit_output(mla, fit)
         closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
@@ -294,6 +295,13 @@ class Job:
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
+    def rotation(self, config: Any, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for a layer of a converted model, for one sequence as long as those of hidden states."""
+        rotary = type(self.stream.rotary)(config=config).to(self.device)
+        place = states[:1, :, :1].to(self.device), self.stream.calls[index]["position_ids"]
+        kind = layer_type(config, index)
+        return rotary(*place) if kind is None else rotary(*place, kind)
+
     def reports(self, config: Any) -> tuple[list[LayerReport], list[list[float]]]:
         """The reports and spectra of all layers of a converted model, as they were kept."""
         from safetensors import safe_open
@@ -313,19 +321,19 @@ class Job:
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
         for index in tqdm(range(len(self.stream)), desc="measuring", unit="layer"):
             call = self.stream.calls[index]
-            embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
+            embeddings = self.rotation(config, index, source)
             mla = MLAAttention(config, index)
             mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
-                original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
+                name, original = attention_name(layer), attention_of(layer)
+                setattr(layer, name, mla.to(self.device, self.stream.dtype).eval())
                 try:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
                 finally:
-                    layer.self_attn = original
+                    setattr(layer, name, original)
         comparisons = {name: Comparison() for name in self.held}
         names = [name for name, held in self.held.items() for _ in held]
         with self.stream.head() as head:
