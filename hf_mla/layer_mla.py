@@ -99,7 +99,7 @@ class MLAAttention(nn.Module):
         self.kv_a_layernorm = MLARMSNorm(self.kv_lora_rank, eps=config.kv_a_layernorm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=bias)
-        if config.has_sinks:  # scores of a token that all attend to and whose value is zero
+        if config.family.sinks:  # scores of a token that all attend to and whose value is zero
             self.sinks = nn.Parameter(torch.zeros(heads))
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
