@@ -61,8 +61,18 @@ class Family:
     """Whether the numbers of a rotary pair are neighbours, and not half the rotary width apart."""
     rotates: Callable[[Any, int], bool] = lambda config, layer_idx: True
     """Whether a layer has RoPE, by a configuration, converted or not, and the layer's number."""
+    llama_rotary: bool = False
+    """Whether it lays out cosines and sines in a way of its own; with MLA it takes Llama's, which are half-split."""
     sinks: bool = False
     """Whether every head attends to a token of a score of its own, too, whose value is zero."""
+
+    head_bias: bool = False
+    """Whether the head that predicts tokens has a bias."""
+
+    @property
+    def attention_name(self) -> str:
+        """What a layer calls its attention."""
+        return self.attention.split(".")[-2]
 
     @property
     def mla(self) -> str:
@@ -82,6 +92,36 @@ FAMILIES = {
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2", biases=("q", "k", "v")),
         Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
+        Family("phi3", "Phi3"),
+        Family("gemma2", "Gemma2", bias_option=True),
+        Family("gemma3_text", "Gemma3Text", bias_option=True, qk_norm=True, unit_offset=True),
+        Family("olmo2", "Olmo2", bias_option=True, qk_norm=True, joint_norm=True),
+        Family("olmo3", "Olmo3", bias_option=True, qk_norm=True, joint_norm=True),
+        Family("olmoe", "Olmoe", bias_option=True, qk_norm=True, joint_norm=True),
+        Family("smollm3", "SmolLM3", bias_option=True, rotates=lambda config, layer_idx: bool(config.no_rope_layers[layer_idx])),
+        Family(
+            "exaone4",
+            "Exaone4",
+            qk_norm=True,
+            rotates=lambda config, layer_idx: config.sliding_window is None or window_of(config, layer_idx) is not None,
+        ),
+        Family(
+            "cohere2",
+            "Cohere2",
+            bias_option=True,
+            interleaved=True,
+            llama_rotary=True,
+            rotates=lambda config, layer_idx: window_of(config, layer_idx) is not None,
+        ),
+        Family("glm4_moe", "Glm4Moe", bias_option=True, qk_norm=True),
+        Family("glm4", "Glm4", bias_option=True, interleaved=True),
+        Family("ministral3", "Ministral3"),
+        Family("phi", "Phi", biases=("q", "k", "v", "o"), head_bias=True),
+        Family("stablelm", "StableLm", qk_norm=True),
+        Family("gpt_neox", "GPTNeoX", "gpt_neox.layers.{layer}.attention.", bias_option=True),
+        Family("nemotron", "Nemotron", bias_option=True),
+        Family("cohere", "Cohere", bias_option=True, qk_norm=True, interleaved=True, llama_rotary=True),
+        Family("gpt_oss", "GptOss", bias_option=True, llama_rotary=True, sinks=True),
     )
 }
 
@@ -96,13 +136,19 @@ def family_of(name: str) -> Family | None:
     return next((family for family in FAMILIES.values() if known and family.base == base), None)
 
 
-def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
+def mla_tp_plan(family: Family, plan: dict[str, str] | None) -> dict[str, str] | None:
     """A family's tensor-parallel plan with the attention replaced; the down-projection is shared by all heads, so never split."""
-    return {key: value for key, value in plan.items() if ".self_attn." not in key} | {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
+    if plan is None:
+        return None
+    attention = f"layers.*.{family.attention_name}"
+    rest = {key: value for key, value in plan.items() if not key.startswith(attention)}
+    if family.joint_norm or family.sinks:  # what needs all heads of a query, and what is none of these modules: whole everywhere
+        return rest
+    return rest | {
+        f"{attention}.q_proj": "colwise",
+        f"{attention}.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        f"{attention}.kv_b_proj": "colwise",
+        f"{attention}.o_proj": "rowwise",
     }
 
 
@@ -152,8 +198,8 @@ class MLAConfigMixin:
         self.head_dim = self.qk_rope_head_dim
         # The expanded keys and values have one head per query head.
         self.num_key_value_heads = self.num_attention_heads
-        if self.num_key_norms:
-            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.self_attn.k_proj": "colwise"}
+        if self.num_key_norms and self.base_model_tp_plan and not self.family.joint_norm:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
@@ -202,7 +248,7 @@ def config_class(family: Family) -> Any:
                 "__doc__": f"A {family.base} with Multi-head Latent Attention; see `MLAConfigMixin`.",
                 "__annotations__": {"attention_bias": bool},
                 "model_type": family.mla_type,
-                "base_model_tp_plan": mla_tp_plan(base.base_model_tp_plan),
+                "base_model_tp_plan": mla_tp_plan(family, base.base_model_tp_plan),
                 "family": family,
                 "attention_bias": bool(family.biases),
             }

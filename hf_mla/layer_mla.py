@@ -11,16 +11,17 @@
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
@@ -32,6 +33,17 @@ def inverse_rms(hidden_states: torch.Tensor, eps: float, dims: int | tuple[int, 
     """What RMSNorm over some dimensions multiplies by: [..., width] -> [..., 1], in float32 or wider."""
     hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
     return torch.rsqrt(hidden_states.pow(2).mean(dims, keepdim=True) + eps)
+
+
+def own_eager(config: PreTrainedConfig) -> Callable[..., Any]:
+    """The library's eager attention of a family: that of its own file knows of caps and sinks."""
+    modeling = CONFIG_MAPPING[config.family.model_type].__module__.replace(".configuration_", ".modeling_")
+    return importlib.import_module(modeling).eager_attention_forward
+
+
+def rotary_embedding(config: PreTrainedConfig, own: Any) -> nn.Module:
+    """The rotary embedding of a model with MLA, given the class of its family's own."""
+    return LlamaRotaryEmbedding(config) if config.family.llama_rotary else own(config)
 
 
 class MLARMSNorm(nn.Module):
@@ -84,6 +96,7 @@ class MLAAttention(nn.Module):
         self.is_causal = True
         self.sliding_window = window_of(config, layer_idx)
         self.rotates = rotates(config, layer_idx)
+        self.eager = own_eager(config)
         self.softcap = getattr(config, "attn_logit_softcapping", None)
         self.num_key_norms = config.num_key_norms
         self.key_norm_width = config.key_norm_width or config.qk_nope_head_dim
@@ -147,6 +160,7 @@ class MLAAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
         attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -158,6 +172,7 @@ class MLAAttention(nn.Module):
             attention_mask: as the configured attention implementation wants it.
             cache: to which the packed latents of the new tokens are appended, or the pages of continuous batching.
             past_key_values: the name of `cache` before Transformers 5.24.
+            layer_past: its name in GPT-NeoX.
             attended_ranges: for the layers to share: what part of the tokens each mask lets the kernel read.
             **kwargs: passed on to the attention function.
 
@@ -187,6 +202,7 @@ class MLAAttention(nn.Module):
             parts.append(self.key_norms(hidden_states))
         latent = rest = None
         cache = past_key_values if cache is None else cache
+        cache = layer_past if cache is None else cache
         # By what it is, for the names differ between versions; and whoever traces this module gives neither.
         paged = isinstance(cache, PagedAttentionCache)
         if isinstance(cache, (Cache, PagedAttentionCache)):
@@ -226,7 +242,7 @@ class MLAAttention(nn.Module):
         if hasattr(self, "sinks"):
             kwargs["s_aux"] = self.sinks
         implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
         output, weights = attention(
             self,
             query,

@@ -31,7 +31,7 @@ from transformers.modeling_layers import (
 
 from .cache_mla import CACHE_NAME, prepare_latent_cache
 from .configuration_mla import LOCK, Family, config_class, family_of
-from .layer_mla import MLAAttention
+from .layer_mla import MLAAttention, rotary_embedding
 from .pages_mla import prepare_latent_pages
 
 
@@ -64,8 +64,9 @@ class MLAModelMixin:
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
+        self.rotary_emb = rotary_embedding(config, type(self.rotary_emb))
         for layer_idx, layer in enumerate(self.layers):
-            layer.self_attn = MLAAttention(config, layer_idx)
+            setattr(layer, config.family.attention_name, MLAAttention(config, layer_idx))
         self.post_init()
 
     def forward(
@@ -99,13 +100,14 @@ class MLAHeadMixin:
     """Makes a model with a head stand on a decoder with MLA, `decoder_class`; `add_head` makes the modules after it."""
 
     decoder_class: type
+    base_model_prefix: str
     add_head: Any
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         # The library's own would build a decoder without MLA first, or ask AutoModel for one, which doubts remote code.
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
-        self.model = self.decoder_class(config)
+        setattr(self, self.base_model_prefix, self.decoder_class(config))
         self.add_head(config)
         self.post_init()
 
@@ -113,10 +115,12 @@ class MLAHeadMixin:
 class MLAForCausalLMMixin(MLAHeadMixin):
     """Makes a family's language model one with MLA."""
 
-    def add_head(self: Any, config: PreTrainedConfig) -> None:
+    def add_head(self: Any, config: Any) -> None:
         """The language-model head, as all families have it."""
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.family.head_bias)
+        if hasattr(config, "logit_scale"):
+            self.logit_scale = config.logit_scale
 
 
 class MLAForSequenceClassificationMixin(MLAHeadMixin, GenericForSequenceClassification):

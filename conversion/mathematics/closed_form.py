@@ -3,8 +3,9 @@
 
 Biases. Of a key's bias, the shared rotary key keeps its part. The position-free rest adds q . b to the scores of a query at
 all tokens alike, which the softmax cancels: it is dropped. Attention weights sum to one, so a value's bias goes through
-`o_proj` into the bias there. The query's is kept as it is. Where QK-norm is kept exactly, a key's bias is scaled from token to
-token like the rest of the key, so it has a share in the latent: as a column of what is factorized, and a bias of the latent.
+`o_proj` into the bias there. The query's is kept as it is. Neither holds for all: where QK-norm is kept exactly, a key's bias is
+scaled from token to token; scores that are capped change with what is added to them all; and a sink, which has no key, takes a
+share from all values. There a bias has its part in the latent, as a column of what is factorized, and becomes the latent's bias.
 
 QK-norm. Normed and before RoPE, head j's key is s_j(t) diag(w) W_j x(t), with s_j(t) = (mean of squares of W_j x(t) + eps)^-1/2.
 Both variants start from its linear mean, m_j diag(w) W_j x(t) with m_j the same of the mean square over the calibration text:
@@ -164,9 +165,10 @@ def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tupl
     rotary_query = rotary_queries(met_query[:, :rotary].flatten(0, 1), components)
     turned = rest.view(groups, rotary, -1) * source.factor**2
     still = torch.cat([turned, normed[:, rotary:]], dim=1)  # [g, d, D + 1], the keys without position
-    if not config.num_key_norms:
+    value_bias = value[..., hidden].clone() if source.sinks is None else torch.zeros_like(value[..., hidden])
+    value[..., hidden] -= value_bias
+    if not config.num_key_norms and source.sinks is None and source.softcap is None:
         still[..., hidden] = 0
-    value_bias, value = value[..., hidden], torch.cat([value[..., :hidden], torch.zeros_like(value[..., hidden:])], dim=-1)
     factors = factorize(torch.cat([still, value]).flatten(0, 1), inputs, [moment.keys, moment.values], rank)
     up = factors.up.view(2, groups, 1, head_dim, rank).expand(-1, -1, heads // groups, -1, -1)
     key_up, value_up = up.reshape(2, heads, head_dim, rank)  # each query head gets its group's

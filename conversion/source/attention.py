@@ -56,19 +56,15 @@ class Attention(NamedTuple):
     key_norm: Norm | None
     output: nn.Linear
     sinks: Tensor | None  # [H], scores of a token that every token attends to and whose value is zero
+    softcap: float | None  # c, where scores x are capped as c * tanh(x / c)
     scaling: float
     rotary: int  # r
     factor: float  # of the cosines and sines; 1 in a layer without RoPE
 
 
-def attention_name(layer: nn.Module) -> str:
-    """What a decoder layer calls its attention."""
-    return next(name for name in ("self_attn", "attention") if hasattr(layer, name))
-
-
 def attention_of(layer: nn.Module) -> Any:
     """The attention of a decoder layer."""
-    return getattr(layer, attention_name(layer))
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.attention
 
 
 def pair_order(config: Any) -> Tensor:
@@ -133,6 +129,7 @@ def read(attention: Any, like: Tensor) -> Attention:
         *(query, key, value, read_norm(attention, "q", like), read_norm(attention, "k", like)),
         output=attention.o_proj if hasattr(attention, "o_proj") else attention.dense,
         sinks=getattr(attention, "sinks", None),
+        softcap=getattr(config, "attn_logit_softcapping", None),
         scaling=attention.scaling,
         rotary=rotary_width(config),
         factor=rope_factor(config, layer_type(config, layer_idx)) if rotates(config, layer_idx) else 1.0,

@@ -91,6 +91,12 @@ def refusal(config: Any) -> str | None:
         return f"model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
     if getattr(config, "quantization_config", None):
         return "the checkpoint is quantized; convert the unquantized one and quantize the result"
+    if getattr(config, "clip_qkv", None) is not None:
+        return (
+            f"clip_qkv is {config.clip_qkv}; keys and values that are clipped are no linear function of what enters the attention"
+        )
+    if getattr(config, "qk_layernorm", False) and not FAMILIES[config.model_type].qk_norm:
+        return "qk_layernorm is true; the norm's bias is added to a key after it was scaled, which the format has no place for"
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
         if getattr(config, name) < 1:
             return f"{name} is {getattr(config, name)}; it must be positive"

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_mla.layer_mla import MLAAttention
+from hf_mla.layer_mla import MLAAttention, rotary_embedding
 
 from ..errors import UserError
 from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
@@ -33,7 +33,7 @@ from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
-from ..source.attention import attention_name, attention_of
+from ..source.attention import attention_of
 from ..source.checkpoint import load_file, save_file
 from ..source.families import layer_type
 from ..source.loading import compute_dtype
@@ -297,7 +297,7 @@ class Job:
 
     def rotation(self, config: Any, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for a layer of a converted model, for one sequence as long as those of hidden states."""
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
+        rotary = rotary_embedding(config, type(self.stream.rotary)).to(self.device)
         place = states[:1, :, :1].to(self.device), self.stream.calls[index]["position_ids"]
         kind = layer_type(config, index)
         return rotary(*place) if kind is None else rotary(*place, kind)
@@ -328,7 +328,7 @@ class Job:
             mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
-                name, original = attention_name(layer), attention_of(layer)
+                name, original = config.family.attention_name, attention_of(layer)
                 setattr(layer, name, mla.to(self.device, self.stream.dtype).eval())
                 try:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)

@@ -1,0 +1,150 @@
+"""The attention of every family, read into one form and converted at full rank, against the library's own, in float64."""
+
+import re
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+
+import hf_mla
+from hf_mla import MLACache
+from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
+from hf_mla_conversion.mathematics.moments import LayerMoments
+from hf_mla_conversion.source.attention import attention_of, projections, read
+from hf_mla_conversion.source.families import FAMILIES
+
+
+class Unrounded(TorchFunctionMode):
+    """Keeps float64 where the library rounds to float32 on the way, whatever the type: in norms, softmax and rotary embeddings."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if function is torch.Tensor.float or (function is torch.Tensor.to and torch.float32 in args):
+                return args[0]
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
+        return function(*args, **kwargs)
+
+
+@pytest.fixture
+def unrounded():
+    with Unrounded():
+        yield
+
+
+SHAPE = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256}
+SHAPE |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+ONE = {"num_key_value_heads": 1}
+TYPES = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# No head_dim in the configuration: 64 / 4.
+NARROW = {"hidden_size": 64, "head_dim": None}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+
+INSIDE = r"\.(self_attn|attention)\."
+EXACT = {  # model type, what is not as in `SHAPE`, kv_lora_rank, qk_rope_head_dim; of two key heads, one is a mix of the other
+    "Phi3": ("phi3", {**NARROW}, 32, 16),
+    "Gemma2": ("gemma2", {**TYPES, "attention_bias": True, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}, 34, 16),
+    "Gemma3": ("gemma3_text", {**TYPES, "query_pre_attn_scalar": 24}, 32, 16),
+    "Olmo2": ("olmo2", NARROW, 32, 16),
+    "Olmo2, one key head": ("olmo2", {**NARROW, **ONE}, 16, 16),
+    "Olmo3": ("olmo3", {**TYPES, **NARROW}, 32, 16),
+    "Olmoe": ("olmoe", {**NARROW, **MOE, "num_experts": 4}, 32, 16),
+    "SmolLM3": ("smollm3", {**NARROW, "no_rope_layers": [1, 0]}, 32, 16),
+    "Exaone4": ("exaone4", TYPES, 32, 16),
+    "Exaone4, no windows": ("exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 2}, 32, 16),
+    "Cohere2": ("cohere2", {**TYPES, **NARROW}, 32, 16),
+    "Glm4Moe": ("glm4_moe", {**MOE, **ONE, "n_routed_experts": 4, "use_qk_norm": True, "attention_bias": True}, 24, 8),
+    "Glm4Moe, no norms": ("glm4_moe", {**MOE, "n_routed_experts": 4, "attention_bias": True}, 48, 8),
+    "Glm4": ("glm4", {"attention_bias": True}, 48, 8),
+    "Ministral3": (
+        "ministral3",
+        {"rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}},
+        32,
+        16,
+    ),
+    "Phi": ("phi", NARROW, 48, 8),
+    "StableLm": ("stablelm", NARROW, 56, 4),
+    "StableLm, norms": ("stablelm", {**NARROW, **ONE, "qk_layernorm": True}, 28, 4),
+    "GPTNeoX": ("gpt_neox", {**NARROW}, 64, 4),
+    "Nemotron": ("nemotron", ONE, 24, 8),
+    "Cohere": ("cohere", NARROW, 32, 16),
+    "Cohere, norms": ("cohere", {**NARROW, **ONE, "use_qk_norm": True}, 16, 16),
+    "GptOss": ("gpt_oss", {**TYPES, "num_local_experts": 4, "num_experts_per_tok": 2}, 32, 16),
+}
+
+
+def distance(logits, expected):
+    return (logits - expected).abs().max().item()
+
+
+def make(model_type, changes):
+    """A random model of the library in float64, all of its key heads mixes of the first."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(std=0.02 if "norm" in name else 0.25)
+        if "norm" in name and name.endswith("weight") and not FAMILIES[model_type].unit_offset:
+            parameter.data += 1
+        if "q_norm" in name or "k_norm" in name or "k_layernorm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    model.set_experts_implementation("eager")  # the library's fastest has no float64
+    for layer in model.base_model.layers:
+        mix_keys(attention_of(layer))
+    return model
+
+
+def mix_keys(attention):
+    """Make the rotated part of all key heads, normed, multiples of the first's, by a complex number for each head and frequency."""
+    source = read(attention, torch.zeros((), dtype=torch.float64))
+    if len(source.key) == 1:
+        return
+    weight = 1 if source.key_norm is None else source.key_norm.weight.unsqueeze(-1)
+    first, second = (source.key * weight)[:, : source.rotary].chunk(2, dim=1)
+    size, angle = torch.rand(2, *first.shape[:2], dtype=torch.float64)
+    mixed = torch.complex(first[:1], second[:1]) * torch.polar(size + 0.5, 6.28 * angle).unsqueeze(-1)
+    keys = torch.cat([mixed.real, mixed.imag, (source.key * weight)[:, source.rotary :]], dim=1) / weight
+    module, rows = projections(attention)[1]
+    module.weight.data[rows] = keys[..., :-1]
+    if module.bias is not None:
+        module.bias.data[rows] = keys[..., -1]
+
+
+@torch.no_grad()
+def converted_model(model, rank, rope_dim):
+    """A model of the library in closed form; at full rank moments do not matter."""
+    config = mla_config(model.config, rank, rope_dim, "float64")
+    mla = getattr(hf_mla, f"{FAMILIES[model.config.model_type].mla}ForCausalLM")(config).double().eval()
+    mla.set_experts_implementation("eager")
+    copied = {name: tensor for name, tensor in model.state_dict().items() if not re.search(INSIDE, name)}
+    left_out, left_over = mla.load_state_dict(copied, strict=False)
+    assert not left_over and all(re.search(INSIDE, name) for name in left_out)
+    for original, layer in zip(model.base_model.layers, mla.base_model.layers, strict=True):
+        attention = attention_of(original)
+        key = projections(attention)[1].rows
+        factors = [torch.randn(size, 2 * size, dtype=torch.float64) for size in (config.hidden_size, *[key.numel()] * 2)]
+        moments = LayerMoments(*(factor @ factor.T for factor in factors))
+        setattr(layer, config.family.attention_name, convert_attention(attention, moments, config)[0])
+    assert mla.state_dict().keys() == type(mla)(config).state_dict().keys()
+    return mla
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rank", "rope_dim"), EXACT.values(), ids=EXACT)
+@torch.no_grad()
+def test_logits_equal_the_originals_in_float64(unrounded, model_type, changes, rank, rope_dim):
+    original = make(model_type, changes)
+    converted = converted_model(original, rank, rope_dim)
+    ids = torch.randint(3, 256, (2, 64))
+    expected = original(ids).logits
+    assert expected.std() > 0.1
+    assert distance(converted(ids).logits, expected) < 1e-9
+    # Token by token, through every cache and the absorbed path.
+    caches = [DynamicCache(config=converted.config), DynamicCache(), MLACache(converted.config)]
+    caches += [StaticCache(converted.config, 80), MLACache(converted.config, 80)]
+    for cache in caches:
+        parts = [converted(part, cache=cache).logits for part in ids.split([40, *[1] * 24], dim=1)]
+        assert distance(torch.cat(parts, 1), expected) < 1e-9, cache
