@@ -47,10 +47,10 @@ class Family:
     """What the names of its classes in Transformers begin with."""
     attention: str = "model.layers.{layer}.self_attn."
     """Where the attention tensors of a layer live."""
-    biases: tuple[str, ...] = ()
-    """Projections (of q, k, v, o) that always have a bias."""
-    bias_option: bool = False
-    """Whether `attention_bias` in the configuration gives all four projections a bias."""
+    biased: bool = False
+    """Whether projections of the attention, some at least, always have a bias."""
+    bias_options: tuple[str, ...] = ()
+    """Options of the configuration that give them one."""
     qk_norm: bool = False
     """Whether each head's query and key pass an RMSNorm (`q_norm`, `k_norm`) before RoPE."""
     joint_norm: bool = False
@@ -85,20 +85,38 @@ class Family:
         return f"{self.model_type}_mla"
 
 
+OPTION = ("attention_bias",)  # what most call it
+
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", bias_option=True),
+        Family("llama", "Llama", bias_options=OPTION),
         Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2", biases=("q", "k", "v")),
-        Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
+        Family("qwen2", "Qwen2", biased=True),
+        Family("qwen3", "Qwen3", bias_options=OPTION, qk_norm=True),
+        Family("mixtral", "Mixtral"),
+        Family("qwen2_moe", "Qwen2Moe", bias_options=("qkv_bias",)),
+        Family("qwen3_moe", "Qwen3Moe", bias_options=OPTION, qk_norm=True),
+        Family("granite", "Granite", bias_options=OPTION),
+        Family("starcoder2", "Starcoder2", bias_options=("use_bias",)),
+        Family("seed_oss", "SeedOss", bias_options=("attention_bias", "attention_out_bias")),
+        Family("arcee", "Arcee", bias_options=OPTION),
+        Family("gemma", "Gemma", bias_options=OPTION),
+        Family("apertus", "Apertus", bias_options=OPTION, qk_norm=True),
+        Family("hyperclovax", "HyperCLOVAX", bias_options=OPTION),
+        Family("cwm", "Cwm"),
+        Family("ministral", "Ministral"),
+        Family("dots1", "Dots1", bias_options=OPTION, qk_norm=True),
+        Family("jais2", "Jais2", bias_options=OPTION),
+        Family("olmo", "Olmo", bias_options=OPTION),
+        Family("granitemoe", "GraniteMoe", bias_options=OPTION),
         Family("phi3", "Phi3"),
-        Family("gemma2", "Gemma2", bias_option=True),
-        Family("gemma3_text", "Gemma3Text", bias_option=True, qk_norm=True, unit_offset=True),
-        Family("olmo2", "Olmo2", bias_option=True, qk_norm=True, joint_norm=True),
-        Family("olmo3", "Olmo3", bias_option=True, qk_norm=True, joint_norm=True),
-        Family("olmoe", "Olmoe", bias_option=True, qk_norm=True, joint_norm=True),
-        Family("smollm3", "SmolLM3", bias_option=True, rotates=lambda config, layer_idx: bool(config.no_rope_layers[layer_idx])),
+        Family("gemma2", "Gemma2", bias_options=OPTION),
+        Family("gemma3_text", "Gemma3Text", bias_options=OPTION, qk_norm=True, unit_offset=True),
+        Family("olmo2", "Olmo2", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("olmo3", "Olmo3", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("olmoe", "Olmoe", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("smollm3", "SmolLM3", bias_options=OPTION, rotates=lambda config, layer_idx: bool(config.no_rope_layers[layer_idx])),
         Family(
             "exaone4",
             "Exaone4",
@@ -108,20 +126,20 @@ FAMILIES = {
         Family(
             "cohere2",
             "Cohere2",
-            bias_option=True,
+            bias_options=OPTION,
             interleaved=True,
             llama_rotary=True,
             rotates=lambda config, layer_idx: window_of(config, layer_idx) is not None,
         ),
-        Family("glm4_moe", "Glm4Moe", bias_option=True, qk_norm=True),
-        Family("glm4", "Glm4", bias_option=True, interleaved=True),
+        Family("glm4_moe", "Glm4Moe", bias_options=OPTION, qk_norm=True),
+        Family("glm4", "Glm4", bias_options=OPTION, interleaved=True),
         Family("ministral3", "Ministral3"),
-        Family("phi", "Phi", biases=("q", "k", "v", "o"), head_bias=True),
-        Family("stablelm", "StableLm", qk_norm=True),
-        Family("gpt_neox", "GPTNeoX", "gpt_neox.layers.{layer}.attention.", bias_option=True),
-        Family("nemotron", "Nemotron", bias_option=True),
-        Family("cohere", "Cohere", bias_option=True, qk_norm=True, interleaved=True, llama_rotary=True),
-        Family("gpt_oss", "GptOss", bias_option=True, llama_rotary=True, sinks=True),
+        Family("phi", "Phi", biased=True, head_bias=True),
+        Family("stablelm", "StableLm", bias_options=("use_qkv_bias",), qk_norm=True),
+        Family("gpt_neox", "GPTNeoX", "gpt_neox.layers.{layer}.attention.", bias_options=OPTION),
+        Family("nemotron", "Nemotron", bias_options=OPTION),
+        Family("cohere", "Cohere", bias_options=OPTION, qk_norm=True, interleaved=True, llama_rotary=True),
+        Family("gpt_oss", "GptOss", bias_options=OPTION, llama_rotary=True, sinks=True),
     )
 }
 
@@ -202,6 +220,7 @@ class MLAConfigMixin:
             self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.head_dim = self.qk_rope_head_dim  # again, where the family computes its own, or has no such field
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
@@ -250,7 +269,7 @@ def config_class(family: Family) -> Any:
                 "model_type": family.mla_type,
                 "base_model_tp_plan": mla_tp_plan(family, base.base_model_tp_plan),
                 "family": family,
-                "attention_bias": bool(family.biases),
+                "attention_bias": family.biased or any(getattr(base, option) for option in family.bias_options),
             }
             MADE[name] = strict(type(name, (MLAConfigMixin, base), members))
             for call in WHEN_MADE:

@@ -50,12 +50,6 @@ class LatentCacheGenerationMixin(GenerationMixin):
         return prepare_latent_pages(prepare, self, self.config.kv_floats_per_token_per_layer)
 
 
-class MLAPreTrainedModelMixin:
-    """What all models with MLA share."""
-
-    _keep_in_fp32_modules: Any = ["kv_a_layernorm"]  # 2**20 is beyond float16; bfloat16 holds it
-
-
 class MLAModelMixin:
     """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
 
@@ -119,8 +113,10 @@ class MLAForCausalLMMixin(MLAHeadMixin):
         """The language-model head, as all families have it."""
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.family.head_bias)
-        if hasattr(config, "logit_scale"):
-            self.logit_scale = config.logit_scale
+        for name in ("logit_scale", "logits_scaling", "router_aux_loss_coef", "num_experts_per_tok"):
+            if hasattr(config, name):  # what some families read here
+                setattr(self, name, getattr(config, name))
+        self.num_experts = getattr(config, "num_experts", getattr(config, "num_local_experts", None))
 
 
 class MLAForSequenceClassificationMixin(MLAHeadMixin, GenericForSequenceClassification):
@@ -176,10 +172,13 @@ def make_models(family: Family) -> dict[str, Any]:
 
     pretrained = make(
         "PreTrainedModel",
-        (MLAPreTrainedModelMixin, own_pretrained),
+        (own_pretrained,),
         f"What all {family.base} models with MLA share.",
         config_class=config_class(family),
         _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
+        _can_set_experts_implementation=own_pretrained._can_set_experts_implementation,  # which looks into the source of a class
+        # 2**20 is beyond float16; bfloat16 holds it.
+        _keep_in_fp32_modules=["kv_a_layernorm", *(own_pretrained._keep_in_fp32_modules or ())],
     )
     decoder = make("Model", (MLAModelMixin, pretrained, own_decoder), f"The decoder of {family.base} without a head.")
     for suffix, bases, head in (

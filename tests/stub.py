@@ -4,7 +4,7 @@ from pathlib import Path
 
 import hf_mla
 from hf_mla import modeling_mla
-from hf_mla.configuration_mla import CLASSES, FAMILIES, HEADS
+from hf_mla.configuration_mla import CLASSES, FAMILIES, HEADS, config_class
 
 
 STUB = Path(hf_mla.__file__).with_name("classes.pyi")
@@ -19,7 +19,7 @@ def stub():
     imports, classes = {"typing": {"ClassVar"}}, []
     for family in FAMILIES.values():
         members = {
-            "Config": f"    base_model_tp_plan: ClassVar\n    attention_bias: bool = {bool(family.biases)}\n",
+            "Config": f"    base_model_tp_plan: ClassVar\n    attention_bias: bool = {config_class(family).attention_bias}\n",
             "PreTrainedModel": f"    config: {family.mla}Config\n",
         }
         for suffix in (*CLASSES, *HEADS):

@@ -12,7 +12,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, refusal, source_head_dim
 from ..source.loading import free_memory
 from ..source.matching import match_model
 
@@ -80,7 +80,7 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
         + heads * head_dim * hidden  # o_proj
         + keys * hidden  # k_proj
     )
-    if biased_projections(config):
+    if has_biases(config):
         attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden + keys
     layer = attention * itemsize + kv_lora_rank * max(itemsize, 4 if stored == "F16" else 0)  # kv_a_layernorm
     return PlanReport(

@@ -31,7 +31,7 @@ import hf_mla
 from hf_mla.layer_mla import MLAAttention
 
 from ..source.attention import Norm, read
-from ..source.families import FAMILIES, biased_projections, key_norms, kv_heads, ropes, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, ropes, source_head_dim
 from .factorize import factorize
 from .ladder import narrowed
 from .moments import LayerMoments
@@ -62,7 +62,7 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
     for key in (*dropped, "cache_implementation", "cache_config"):  # the last are for `generate`, as others the library drops
         fields.pop(key, None)
     fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": dtype}
-    fields["attention_bias"] = bool(biased_projections(source))
+    fields["attention_bias"] = has_biases(source)
     rope = {kind: narrowed(source, kind, rope_dim) for kind in ropes(source)}
     fields["rope_parameters"] = rope.get(None, rope)
     if family.joint_norm:

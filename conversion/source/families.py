@@ -51,10 +51,10 @@ def rotary_width(config: Any) -> int:
     return int(source_head_dim(config) * next(iter(ropes(config).values())).get("partial_rotary_factor", 1.0))
 
 
-def biased_projections(config: Any) -> tuple[str, ...]:
-    """Which of the projections q, k, v, o of a source have a bias."""
+def has_biases(config: Any) -> bool:
+    """Whether projections of a source's attention, some at least, have a bias."""
     family = FAMILIES[config.model_type]
-    return ("q", "k", "v", "o") if family.bias_option and config.attention_bias else family.biases
+    return family.biased or any(getattr(config, option) for option in family.bias_options)
 
 
 def has_qk_norm(config: Any) -> bool:

@@ -151,7 +151,7 @@ class GGUFFile:
                 "architectures": [f"{FAMILIES[self.architecture].mla.removesuffix('MLA')}ForCausalLM"],
                 "dtype": self.dtype,
             }
-            if FAMILIES[self.architecture].bias_option:
+            if FAMILIES[self.architecture].bias_options:
                 fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
             if self.architecture == "mistral":  # most say "llama"
                 fields["sliding_window"] = self.own("attention.sliding_window")
