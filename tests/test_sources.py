@@ -117,17 +117,19 @@ def make(folder, name, **changes):
     return source
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *UNKNOWN])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in [*SOURCES, *UNKNOWN]), ("Mixtral", torch.float64)], ids=str
+)
 @torch.no_grad()
-def test_layers_are_the_librarys_to_the_last_bit(tmp_path, name):
-    source = make(tmp_path, name) if name in SOURCES else make_source(tmp_path, name, **UNKNOWN[name])
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+def test_layers_are_the_librarys_to_the_last_bit(tmp_path, name, dtype):
+    source = make(tmp_path, name) if name in SOURCES else make_source(tmp_path, name, dtype=dtype, **UNKNOWN[name])
+    model = load_model(open_checkpoint(source), CPU, dtype)
     ids = torch.randint(3, 4096, (2, 96))
     expected = model(ids, output_hidden_states=True, use_cache=False)
 
-    stream = LayerStream(open_checkpoint(source), CPU, torch.float32)
+    stream = LayerStream(open_checkpoint(source), CPU, dtype)
     stream.record_calls(96)
-    states = torch.empty(2, 96, 48)
+    states = torch.empty(2, 96, 48, dtype=dtype)
     stream.embed(ids[:1], states[:1])
     stream.embed(ids[1:], states[1:])
     for index, hidden in enumerate(expected.hidden_states[:-1]):

@@ -79,11 +79,16 @@ def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
         attention = "sdpa" if kind._supports_sdpa else "eager"
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
-                copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention
+                copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention, **experts_option(dtype)
             )
     except Exception as error:  # any type: what a configuration can break is up to the library
         raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def experts_option(dtype: Any) -> dict[str, str]:
+    """How the library computes experts in a type, as an option of its own: by its fastest way, which has no float64, or eagerly."""
+    return {"experts_implementation": "eager"} if str(dtype) in ("torch.float64", "float64") else {}
 
 
 def match_model(checkpoint: Checkpoint) -> ModelCheckpoint:
