@@ -68,7 +68,8 @@ REAL = {
 TINY = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
 TINY |= {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "linear_head_dim": 16}
 TINY |= {"linear_num_heads": 4, "vocab_size": 512}
-ROWS = [("deepseek_v3", 16, 16384), ("deepseek_v3", 1, 65536), ("deepseek_v3", 64, 8192), ("deepseek_v3", 1, 2048)]
+ROWS = [("deepseek_v3", 16, context) for context in (2048, 4096, 8192, 16384, 32768)]
+ROWS += [("deepseek_v3", 1, 65536), ("deepseek_v3", 64, 8192), ("deepseek_v3", 1, 2048)]
 ROWS += [("heads_128", 16, 8192)] + [(name, 8, 4096) for name in REAL if name != "heads_128"]
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""Draws what conversions of a real model cost, from results/real_model.json into docs/pictures/.
+"""Draws what conversions of a real model cost, and how fast MLA models decode, from results/ into docs/pictures/.
 
 python benchmarks/pictures.py          # needs matplotlib
 
@@ -108,6 +108,39 @@ def frontier(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def native_model(result: dict[str, Any]) -> Figure | None:
+    """Milliseconds a token against context, of the model and batch that were measured at most contexts: the library's and ours."""
+    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row.get("speedup"):
+            lines.setdefault((row["model"], row["batch"]), []).append(row)
+    (model, batch), rows = max(lines.items(), key=lambda line: len(line[1]))
+    if len(rows) < 2:
+        return None
+    rows.sort(key=lambda row: row["context"])
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    contexts, ends = [row["context"] for row in rows], []
+    for attention, colour in (("sdpa", ORANGE), ("hf_mla", TEAL)):
+        values = [row["milliseconds_per_token"][attention] for row in rows]
+        axes.plot(contexts, values, "o-", color=colour, markersize=4, linewidth=1.3, label=attention)
+        ends.append((contexts[-1], values[-1], attention, colour))
+    for row in rows:
+        at = (row["context"], row["milliseconds_per_token"]["sdpa"])
+        axes.annotate(f"x {row['speedup']:.3g}", at, (-5, 5), textcoords="offset points", ha="right")
+    axes.set(xscale="log", yscale="log", xlabel=f"tokens of context, of {batch} sequences each", ylabel="milliseconds a token")
+    axes.set(title=f"A {model} of 8B width, {result['machine']['device']}")
+    axes.xaxis.set_major_locator(FixedLocator(contexts))
+    axes.xaxis.set_minor_locator(FixedLocator([]))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:.4g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_ylim(bottom=min(row["milliseconds_per_token"]["hf_mla"] for row in rows) / 2)
+    label_ends(axes, ends)
+    return figure
+
+
 def ratio_scale(axes: Any) -> None:
     """A logarithmic scale of what a perplexity ratio has above 1."""
     axes.set_yscale("function", functions=(lambda ratio: np.log(np.maximum(ratio - 1, 1e-3)), lambda height: 1 + np.exp(height)))
@@ -128,15 +161,19 @@ def label_ends(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def draw_all(result: dict[str, Any], folder: Path) -> None:
-    """Write all pictures of a result, as SVG."""
+def draw_all(results: Path, folder: Path) -> None:
+    """Write all pictures of a folder of results, as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        for draw in (layer_errors, training_curve, frontier):
-            figure = draw(result)
-            if figure is not None:
-                figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+        for file, drawings in DRAWINGS.items():
+            result = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
+            for draw in drawings:
+                figure = draw(result)
+                if figure is not None:
+                    figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
 
+
+DRAWINGS = {"real_model": (layer_errors, training_curve, frontier), "native_model": (native_model,)}
 
 if __name__ == "__main__":
-    draw_all(json.loads((RESULTS / "real_model.json").read_text(encoding="utf-8")), PICTURES)
+    draw_all(RESULTS, PICTURES)

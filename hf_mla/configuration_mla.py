@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations of models whose attention is Multi-head Latent Attention (MLA).
 
-* One class per family, a thin subclass of the family's own configuration: `MLAConfigMixin` adds DeepSeek's dimensions, and
-  nothing else changes.
+* `FAMILIES` has a row for every family. Its classes are made from that when they are first asked for, so a family that is not
+  used is not imported, and need not be in the installed Transformers.
+* A configuration is a thin subclass of the family's own: `MLAConfigMixin` adds DeepSeek's dimensions, and nothing else changes.
 * `head_dim` always equals `qk_rope_head_dim`, as in DeepSeek: the library's rotary embeddings read it, so every rope type
   (default, linear, llama3, ...) works on the narrower rotary key without code of ours.
 * `auto_map` is part of the configuration, so whatever is saved loads again as remote code, with every head.
@@ -14,12 +15,15 @@ This file travels with every checkpoint: it imports only transformers and the hu
 
 import importlib
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
 
@@ -31,6 +35,55 @@ try:  # by this file where it is the package's; where it has travelled, by a pac
     INSTALLED = metadata.version("hf-mla")
 except metadata.PackageNotFoundError:
     INSTALLED = __version__
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family of Transformers, as far as it differs from the next: in names, biases and norms."""
+
+    model_type: str
+    """`model_type` of the original."""
+    base: str
+    """What the names of its classes in Transformers begin with."""
+    attention: str = "model.layers.{layer}.self_attn."
+    """Where the attention tensors of a layer live."""
+    biases: tuple[str, ...] = ()
+    """Projections (of q, k, v, o) that always have a bias."""
+    bias_option: bool = False
+    """Whether `attention_bias` in the configuration gives all four projections a bias."""
+    qk_norm: bool = False
+    """Whether each head's query and key pass an RMSNorm (`q_norm`, `k_norm`) before RoPE."""
+
+    @property
+    def mla(self) -> str:
+        """What the names of its classes with MLA begin with: Config, Model, ForCausalLM, ... are appended."""
+        return f"{self.base}MLA"
+
+    @property
+    def mla_type(self) -> str:
+        """`model_type` with MLA."""
+        return f"{self.model_type}_mla"
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("llama", "Llama", bias_option=True),
+        Family("mistral", "Mistral"),
+        Family("qwen2", "Qwen2", biases=("q", "k", "v")),
+        Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
+    )
+}
+
+CLASSES = ("Config", "PreTrainedModel", "Model")
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+def family_of(name: str) -> Family | None:
+    """The family of a class with MLA, by the name of the class; None if there is none of that name."""
+    base, mla, suffix = name.partition("MLA")
+    known = mla and suffix in (*CLASSES, *HEADS)
+    return next((family for family in FAMILIES.values() if known and family.base == base), None)
 
 
 def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
@@ -45,8 +98,7 @@ def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
 
 def auto_map(family: str) -> dict[str, str]:
     """The `auto_map` of a family, e.g. "LlamaMLA". One entry file, so that all classes come from one module."""
-    heads = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-    classes = {"AutoConfig": "Config", "AutoModel": "Model"} | {f"AutoModel{head}": head for head in heads}
+    classes = {"AutoConfig": "Config", "AutoModel": "Model"} | {f"AutoModel{head}": head for head in HEADS}
     return {auto_class: f"modeling_mla.{family}{suffix}" for auto_class, suffix in classes.items()}
 
 
@@ -106,42 +158,53 @@ class MLAConfigMixin:
         return self.num_hidden_layers * self.kv_floats_per_token_per_layer * itemsize
 
 
-@strict
-class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
-    """A Llama with Multi-head Latent Attention; see `MLAConfigMixin`."""
-
-    model_type = "llama_mla"
-    base_model_tp_plan: ClassVar = mla_tp_plan(LlamaConfig.base_model_tp_plan)
-
-
-@strict
-class MistralMLAConfig(MLAConfigMixin, MistralConfig):
-    """A Mistral with Multi-head Latent Attention; see `MLAConfigMixin`."""
-
-    model_type = "mistral_mla"
-    base_model_tp_plan: ClassVar = mla_tp_plan(MistralConfig.base_model_tp_plan)
+MADE: dict[str, Any] = {}
+"""Configuration classes by name, those that have been asked for."""
+WHEN_MADE: list[Callable[[Family], None]] = []
+"""Called with the family of each configuration class that is made: the package makes the Auto classes know it."""
+LOCK = threading.RLock()  # what several threads ask for at once is made once
 
 
-@strict
-class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
-    """A Qwen2 with Multi-head Latent Attention; see `MLAConfigMixin`. Biases are the rule here."""
+def config_class(family: Family) -> Any:
+    """The configuration class of a family, made when it is first asked for.
 
-    model_type = "qwen2_mla"
-    base_model_tp_plan: ClassVar = mla_tp_plan(Qwen2Config.base_model_tp_plan)
+    Args:
+        family: a row of the table.
 
-    attention_bias: bool = True
+    Returns:
+        A class, always the same one.
+
+    Raises:
+        AttributeError: the installed Transformers does not have the family.
+    """
+    name = f"{family.mla}Config"
+    with LOCK:
+        if name not in MADE:
+            if family.model_type not in CONFIG_MAPPING:
+                raise AttributeError(f"{name} needs a Transformers that has {family.model_type!r}; {transformers_version} has not.")
+            base: Any = CONFIG_MAPPING[family.model_type]
+            members = {
+                "__module__": __name__,
+                "__qualname__": name,
+                "__doc__": f"A {family.base} with Multi-head Latent Attention; see `MLAConfigMixin`.",
+                "__annotations__": {"attention_bias": bool},
+                "model_type": family.mla_type,
+                "base_model_tp_plan": mla_tp_plan(base.base_model_tp_plan),
+                "has_qk_norm": family.qk_norm,
+                "attention_bias": bool(family.biases),
+            }
+            MADE[name] = strict(type(name, (MLAConfigMixin, base), members))
+            for call in WHEN_MADE:
+                call(family)
+        return MADE[name]
 
 
-@strict
-class Qwen3MLAConfig(MLAConfigMixin, Qwen3Config):
-    """A Qwen3 with Multi-head Latent Attention; see `MLAConfigMixin`."""
-
-    model_type = "qwen3_mla"
-    base_model_tp_plan: ClassVar = mla_tp_plan(Qwen3Config.base_model_tp_plan)
-    has_qk_norm: ClassVar[bool] = True
-
-
-CONFIGS: tuple[Any, ...] = (LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig)
+def __getattr__(name: str) -> Any:
+    """Configuration classes are attributes of this module like any other, to imports and to pickle."""
+    family = family_of(name)
+    if family is None or not name.endswith("Config"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(family)
 
 
 def check_mla_dimensions(config: PreTrainedConfig) -> None:
@@ -216,8 +279,8 @@ def register_with_vllm() -> None:
                 check_vllm(self.hf_text_config, on_cpu=importlib.import_module("vllm.platforms").current_platform.is_cpu())
             return super().get_head_size()
 
-    for config in CONFIGS:
-        convertors.MODEL_ARCH_CONFIG_CONVERTORS[config.model_type] = MLAConvertor
+    for family in FAMILIES.values():
+        convertors.MODEL_ARCH_CONFIG_CONVERTORS[family.mla_type] = MLAConvertor
 
 
 def check_vllm(config: Any, on_cpu: bool) -> None:

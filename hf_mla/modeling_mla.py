@@ -3,6 +3,7 @@
 
 * A family (`LlamaMLA*`, `MistralMLA*`, ...) is the library's own model of that family with its attention replaced by
   `layer_mla.MLAAttention`; the MLP, norms, rotary embedding, masks, loss, parallel plans and generation are inherited.
+* Its classes are made from its row in `configuration_mla.FAMILIES` when one is first asked for.
 * `generate` is the library's too, with a cache of packed latents.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
@@ -13,30 +14,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
-    LlamaPreTrainedModel,
-)
-from transformers.models.mistral.modeling_mistral import (
-    MistralDecoderLayer,
-    MistralForCausalLM,
-    MistralModel,
-    MistralPreTrainedModel,
-)
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model, Qwen2PreTrainedModel
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
 from .cache_mla import CACHE_NAME, prepare_latent_cache
-from .configuration_mla import LlamaMLAConfig, MistralMLAConfig, Qwen2MLAConfig, Qwen3MLAConfig
+from .configuration_mla import LOCK, Family, config_class, family_of
 from .layer_mla import MLAAttention
 from .pages_mla import prepare_latent_pages
 
@@ -153,141 +147,60 @@ class MLAForQuestionAnsweringMixin(MLAHeadMixin, GenericForQuestionAnswering):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
 
-class LlamaMLAPreTrainedModel(MLAPreTrainedModelMixin, LlamaPreTrainedModel):
-    """What all Llama models with MLA share."""
-
-    config: LlamaMLAConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MLAAttention}
-
-
-class LlamaMLAModel(MLAModelMixin, LlamaMLAPreTrainedModel, LlamaModel):
-    """The decoder of Llama without a head."""
-
-
-class LlamaMLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, LlamaMLAPreTrainedModel, LlamaForCausalLM):
-    """The decoder of Llama with a language-model head."""
-
-    decoder_class = LlamaMLAModel
-
-
-class LlamaMLAForSequenceClassification(MLAForSequenceClassificationMixin, LlamaMLAPreTrainedModel):
-    """The decoder of Llama with a head that classifies sequences."""
-
-    decoder_class = LlamaMLAModel
-
-
-class LlamaMLAForTokenClassification(MLAForTokenClassificationMixin, LlamaMLAPreTrainedModel):
-    """The decoder of Llama with a head that classifies tokens."""
-
-    decoder_class = LlamaMLAModel
-
-
-class LlamaMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, LlamaMLAPreTrainedModel):
-    """The decoder of Llama with a head that finds answers."""
-
-    decoder_class = LlamaMLAModel
-
-
-class MistralMLAPreTrainedModel(MLAPreTrainedModelMixin, MistralPreTrainedModel):
-    """What all Mistral models with MLA share."""
-
-    config: MistralMLAConfig
-    _can_record_outputs = {"hidden_states": MistralDecoderLayer, "attentions": MLAAttention}
-
-
-class MistralMLAModel(MLAModelMixin, MistralMLAPreTrainedModel, MistralModel):
-    """The decoder of Mistral without a head."""
-
-
-class MistralMLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, MistralMLAPreTrainedModel, MistralForCausalLM):
-    """The decoder of Mistral with a language-model head."""
-
-    decoder_class = MistralMLAModel
-
-
-class MistralMLAForSequenceClassification(MLAForSequenceClassificationMixin, MistralMLAPreTrainedModel):
-    """The decoder of Mistral with a head that classifies sequences."""
-
-    decoder_class = MistralMLAModel
-
-
-class MistralMLAForTokenClassification(MLAForTokenClassificationMixin, MistralMLAPreTrainedModel):
-    """The decoder of Mistral with a head that classifies tokens."""
-
-    decoder_class = MistralMLAModel
-
-
-class MistralMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, MistralMLAPreTrainedModel):
-    """The decoder of Mistral with a head that finds answers."""
-
-    decoder_class = MistralMLAModel
-
-
-class Qwen2MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen2PreTrainedModel):
-    """What all Qwen2 models with MLA share."""
-
-    config: Qwen2MLAConfig
-    _can_record_outputs = {"hidden_states": Qwen2DecoderLayer, "attentions": MLAAttention}
-
-
-class Qwen2MLAModel(MLAModelMixin, Qwen2MLAPreTrainedModel, Qwen2Model):
-    """The decoder of Qwen2 without a head."""
-
-
-class Qwen2MLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, Qwen2MLAPreTrainedModel, Qwen2ForCausalLM):
-    """The decoder of Qwen2 with a language-model head."""
-
-    decoder_class = Qwen2MLAModel
-
-
-class Qwen2MLAForSequenceClassification(MLAForSequenceClassificationMixin, Qwen2MLAPreTrainedModel):
-    """The decoder of Qwen2 with a head that classifies sequences."""
-
-    decoder_class = Qwen2MLAModel
-
-
-class Qwen2MLAForTokenClassification(MLAForTokenClassificationMixin, Qwen2MLAPreTrainedModel):
-    """The decoder of Qwen2 with a head that classifies tokens."""
-
-    decoder_class = Qwen2MLAModel
-
-
-class Qwen2MLAForQuestionAnswering(MLAForQuestionAnsweringMixin, Qwen2MLAPreTrainedModel):
-    """The decoder of Qwen2 with a head that finds answers."""
-
-    decoder_class = Qwen2MLAModel
-
-
-class Qwen3MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen3PreTrainedModel):
-    """What all Qwen3 models with MLA share."""
-
-    config: Qwen3MLAConfig
-    _can_record_outputs = {"hidden_states": Qwen3DecoderLayer, "attentions": MLAAttention}
-
-
-class Qwen3MLAModel(MLAModelMixin, Qwen3MLAPreTrainedModel, Qwen3Model):
-    """The decoder of Qwen3 without a head."""
-
-
-class Qwen3MLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, Qwen3MLAPreTrainedModel, Qwen3ForCausalLM):
-    """The decoder of Qwen3 with a language-model head."""
-
-    decoder_class = Qwen3MLAModel
-
-
-class Qwen3MLAForSequenceClassification(MLAForSequenceClassificationMixin, Qwen3MLAPreTrainedModel):
-    """The decoder of Qwen3 with a head that classifies sequences."""
-
-    decoder_class = Qwen3MLAModel
-
-
-class Qwen3MLAForTokenClassification(MLAForTokenClassificationMixin, Qwen3MLAPreTrainedModel):
-    """The decoder of Qwen3 with a head that classifies tokens."""
-
-    decoder_class = Qwen3MLAModel
-
-
-class Qwen3MLAForQuestionAnswering(MLAForQuestionAnsweringMixin, Qwen3MLAPreTrainedModel):
-    """The decoder of Qwen3 with a head that finds answers."""
-
-    decoder_class = Qwen3MLAModel
+MADE: dict[str, Any] = {}
+"""Model classes by name, of the families that have been asked for."""
+
+
+def make_models(family: Family) -> dict[str, Any]:
+    """Make the model classes of a family on Transformers' own, which are imported here.
+
+    Args:
+        family: a row of the table.
+
+    Returns:
+        The classes by name.
+    """
+    source = CONFIG_MAPPING[family.model_type]
+    own_decoder: Any = MODEL_MAPPING[source]
+    own_pretrained, own_language_model = own_decoder.__base__, MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    made: dict[str, Any] = {}
+
+    def make(suffix: str, bases: tuple[Any, ...], doc: str, **members: Any) -> Any:
+        name = family.mla + suffix
+        made[name] = type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": doc, **members})
+        return made[name]
+
+    pretrained = make(
+        "PreTrainedModel",
+        (MLAPreTrainedModelMixin, own_pretrained),
+        f"What all {family.base} models with MLA share.",
+        config_class=config_class(family),
+        _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
+    )
+    decoder = make("Model", (MLAModelMixin, pretrained, own_decoder), f"The decoder of {family.base} without a head.")
+    for suffix, bases, head in (
+        (
+            "ForCausalLM",
+            (MLAForCausalLMMixin, LatentCacheGenerationMixin, pretrained, own_language_model),
+            "a language-model head",
+        ),
+        ("ForSequenceClassification", (MLAForSequenceClassificationMixin, pretrained), "a head that classifies sequences"),
+        ("ForTokenClassification", (MLAForTokenClassificationMixin, pretrained), "a head that classifies tokens"),
+        ("ForQuestionAnswering", (MLAForQuestionAnsweringMixin, pretrained), "a head that finds answers"),
+    ):
+        make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of all families are attributes of this module like any other, to imports, to Auto classes and to pickle."""
+    family = family_of(name)
+    if family is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with LOCK:
+        config = config_class(family)  # where that makes the Auto classes know the family, its models are made by now
+        if name == config.__name__:
+            return config
+        if name not in MADE:
+            MADE.update(make_models(family))
+        return MADE[name]

@@ -8,12 +8,13 @@ A checkpoint tells vLLM itself that it has MLA when its configuration is read (`
 import transformers
 
 from . import modeling_mla
-from .configuration_mla import CONFIGS, register_with_vllm
+from .configuration_mla import FAMILIES, register_with_vllm
 
 
 def register() -> None:
     """Make the models known to vLLM: that they have MLA, and their classes, which it looks up by name in Transformers."""
     register_with_vllm()
-    for config in CONFIGS:
-        name = f"{config.__name__.removesuffix('Config')}ForCausalLM"
-        setattr(transformers, name, getattr(modeling_mla, name))
+    for family in FAMILIES.values():
+        if family.model_type in transformers.CONFIG_MAPPING:
+            name = f"{family.mla}ForCausalLM"
+            setattr(transformers, name, getattr(modeling_mla, name))

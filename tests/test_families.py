@@ -284,7 +284,7 @@ import sys
 sys.modules["hf_mla"] = None
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
-ids = torch.arange(1, 13).unsqueeze(0)
+ids, seen = torch.arange(1, 13).unsqueeze(0), {"auto", "llama"}  # `layer_mla.py` takes two functions of Llama's
 for folder in sys.argv[1:]:
     for path in (folder, folder + "-again"):
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
@@ -293,6 +293,9 @@ for folder in sys.argv[1:]:
         print(repr((type(model).__name__, model(ids).logits[0, -1, :5].tolist(), model.generate(ids, max_new_tokens=8).tolist())))
         if path == folder:
             model.save_pretrained(folder + "-again")
+    seen.add(model.config.model_type.removesuffix("_mla"))
+    imported = {name.split(".")[2] for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name}
+    assert imported == seen, imported  # no other family, so it need not be in this Transformers
 """
 
 

@@ -12,7 +12,7 @@ from conftest import make_mla
 
 import hf_mla
 from hf_mla import vllm_mla
-from hf_mla.configuration_mla import CONFIGS, register_with_vllm
+from hf_mla.configuration_mla import FAMILIES, register_with_vllm
 from hf_mla.layer_mla import MLARMSNorm
 
 
@@ -63,7 +63,7 @@ def test_the_configuration_that_travels_registers_itself(vllm, tmp_path):
     spec = importlib.util.spec_from_file_location("configuration_elsewhere", tmp_path / "configuration_mla.py")
     elsewhere = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(elsewhere)
-    assert set(vllm.table) == {config.model_type for config in CONFIGS}
+    assert set(vllm.table) == {family.mla_type for family in FAMILIES.values()}
     assert {convertor.__module__ for convertor in vllm.table.values()} == {"configuration_elsewhere"}
     assert head_size(vllm, elsewhere.Qwen2MLAConfig.from_pretrained(tmp_path)) == 576
     vllm.table.clear()

@@ -1,43 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model families that can be converted, one declarative entry each.
+"""What conversion asks of a source's family: `FAMILIES`, the table of all, is the runtime's.
 
-A family differs from the next in tensor names, biases and norms. What cannot be converted exactly or honestly is refused at
-once, with the reason: see `refusal`.
+What cannot be converted exactly or honestly is refused at once, with the reason: see `refusal`.
 """
 
-from dataclasses import dataclass
 from typing import Any
+
+from hf_mla.configuration_mla import FAMILIES
 
 from ..errors import UserError
 
-
-@dataclass(frozen=True)
-class Family:
-    """How a model family of Transformers maps to its MLA counterpart."""
-
-    model_type: str
-    """`model_type` of the source."""
-    mla: str
-    """Prefix of the class names in `hf_mla`: Config, Model and ForCausalLM are appended."""
-    attention: str = "model.layers.{layer}.self_attn."
-    """Where the attention tensors of a layer live."""
-    biases: tuple[str, ...] = ()
-    """Projections (of q, k, v, o) that always have a bias."""
-    bias_option: bool = False
-    """Whether `attention_bias` in the configuration gives all four projections a bias."""
-    qk_norm: bool = False
-    """Whether each head's query and key pass an RMSNorm (`q_norm`, `k_norm`) before RoPE."""
-
-
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        Family("llama", mla="LlamaMLA", bias_option=True),
-        Family("mistral", mla="MistralMLA"),
-        Family("qwen2", mla="Qwen2MLA", biases=("q", "k", "v")),
-        Family("qwen3", mla="Qwen3MLA", bias_option=True, qk_norm=True),
-    )
-}
 
 QK_NORM_VARIANTS = ("exact", "fold")
 
