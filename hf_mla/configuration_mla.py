@@ -72,6 +72,9 @@ FAMILIES = {
         Family("mistral", "Mistral"),
         Family("qwen2", "Qwen2", biases=("q", "k", "v")),
         Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
+        Family("mixtral", "Mixtral"),
+        Family("qwen2_moe", "Qwen2Moe", biases=("q", "k", "v")),
+        Family("qwen3_moe", "Qwen3Moe", bias_option=True, qk_norm=True),
     )
 }
 
