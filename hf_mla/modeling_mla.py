@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -113,10 +114,11 @@ class MLAForCausalLMMixin(MLAHeadMixin):
         """The language-model head, as all families have it."""
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.family.head_bias)
-        for name in ("logit_scale", "logits_scaling", "router_aux_loss_coef", "num_experts_per_tok"):
-            if hasattr(config, name):  # what some families read here
-                setattr(self, name, getattr(config, name))
-        self.num_experts = getattr(config, "num_experts", getattr(config, "num_local_experts", None))
+        if hasattr(config, "logit_scale"):
+            self.logit_scale = config.logit_scale
+        if hasattr(config, "router_aux_loss_coef"):  # what the library's forward pass of a mixture of experts takes from the model
+            self.router_aux_loss_coef, self.num_experts_per_tok = config.router_aux_loss_coef, config.num_experts_per_tok
+            self.num_experts = getattr(config, "num_experts", None) or config.num_local_experts
 
 
 class MLAForSequenceClassificationMixin(MLAHeadMixin, GenericForSequenceClassification):
@@ -192,6 +194,16 @@ def make_models(family: Family) -> dict[str, Any]:
         ("ForQuestionAnswering", (MLAForQuestionAnsweringMixin, pretrained), "a head that finds answers"),
     ):
         make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder)
+    # A checkpoint keeps what it had for experts, one by one. The library puts together those of models that it has been told of:
+    # of others they would be new and random.
+    for own, ours in (
+        (family.model_type, family.mla_type),
+        (own_decoder.__name__, f"{family.mla}Model"),
+        (own_language_model.__name__, f"{family.mla}ForCausalLM"),
+    ):
+        mapping = get_checkpoint_conversion_mapping(own)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
     return made
 
 

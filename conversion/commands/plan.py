@@ -72,7 +72,8 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, next(name for name in DTYPES if DTYPES[name] == stored), qk_norm)
     converted.kv_a_layernorm_eps = NORM_EPS  # as where anything is fitted
     keys = norms * (converted.key_norm_width or head_dim)
-    kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in checkpoint.kept.values())
+    left = [checkpoint.stored.tensors[part] for part in checkpoint.kept.values()]
+    kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in left)
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
         + (kv_lora_rank + qk_rope_head_dim) * hidden  # kv_a_proj_with_mqa

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAGIC = b"GGUF"
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # others, of families that are converted too, have other words and tensors
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {  # after blk.N. and model.layers.N.
     "attn_norm": "input_layernorm",
@@ -108,7 +109,7 @@ class GGUFFile:
 
     def rename(self, name: str) -> str:
         """A tensor's name in Transformers; one that is not known stays as it is."""
-        if self.architecture not in FAMILIES:
+        if self.architecture not in ARCHITECTURES:
             return name
         base, _, kind = name.rpartition(".")
         if base in NAMES:
@@ -131,7 +132,12 @@ class GGUFFile:
         """
         from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-        if self.architecture not in FAMILIES:
+        if self.architecture not in ARCHITECTURES:
+            if self.architecture in FAMILIES:
+                raise UserError(
+                    f"{self.source} is of architecture {self.architecture!r}; .gguf files of {', '.join(ARCHITECTURES)} are read: "
+                    "give a checkpoint with safetensors"
+                )
             return type("UnknownConfig", (PreTrainedConfig,), {"model_type": self.architecture})()
         try:
             heads, hidden = self.own("attention.head_count"), self.own("embedding_length")

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError, brief
 from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
-from .matching import match_model
+from .matching import experts_option, match_model
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
@@ -33,7 +33,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     if dtype == "auto":
         dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
-    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True, **experts_option(dtype)}
     try:
         loaded: Any
         if isinstance(checkpoint.stored, GGUFCheckpoint):
