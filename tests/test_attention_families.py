@@ -21,7 +21,7 @@ class Unrounded(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if function is torch.Tensor.float or (function is torch.Tensor.to and torch.float32 in args):
+            if function is torch.Tensor.float or (function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = kwargs | {"dtype": torch.float64}
@@ -40,12 +40,48 @@ SHAPE |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 ONE = {"num_key_value_heads": 1}
 TYPES = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+MULTIPLIERS = {"embedding_multiplier": 3.0, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 # No head_dim in the configuration: 64 / 4.
 NARROW = {"hidden_size": 64, "head_dim": None}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 INSIDE = r"\.(self_attn|attention)\."
 EXACT = {  # model type, what is not as in `SHAPE`, kv_lora_rank, qk_rope_head_dim; of two key heads, one is a mix of the other
+    "Mixtral": ("mixtral", {**MOE, "num_local_experts": 4}, 32, 16),
+    "Mixtral, window": ("mixtral", {**MOE, **ONE, "num_local_experts": 4, "sliding_window": 16}, 16, 16),
+    "Qwen2Moe": ("qwen2_moe", {**NARROW, **MOE, "num_experts": 4, "decoder_sparse_step": 2}, 32, 16),
+    "Qwen2Moe, no biases, windows": (
+        "qwen2_moe",
+        {**NARROW, **MOE, **ONE, "num_experts": 4, "qkv_bias": False, "use_sliding_window": True, **TYPES},
+        16,
+        16,
+    ),
+    "Qwen3Moe": ("qwen3_moe", {**MOE, "num_experts": 4}, 32, 16),
+    "Qwen3Moe, biases, window": (
+        "qwen3_moe",
+        {**MOE, **ONE, "num_experts": 4, "attention_bias": True, "use_sliding_window": True, "sliding_window": 16},
+        24,
+        16,
+    ),
+    "Granite": ("granite", {**NARROW, **MULTIPLIERS, "residual_multiplier": 0.7}, 32, 16),
+    "Granite, biases": ("granite", {**NARROW, **MULTIPLIERS, "attention_bias": True}, 32, 16),
+    "Starcoder2": ("starcoder2", {**NARROW, "sliding_window": 16}, 32, 16),
+    "Starcoder2, no biases": ("starcoder2", {**NARROW, "use_bias": False}, 32, 16),
+    "SeedOss": ("seed_oss", {"attention_out_bias": True}, 32, 16),
+    "SeedOss, biases of inputs alone": ("seed_oss", {}, 32, 16),
+    "Arcee": ("arcee", {"attention_bias": True}, 32, 16),
+    "Arcee, yarn": ("arcee", {"rope_parameters": YARN}, 32, 16),
+    "Gemma": ("gemma", {}, 32, 16),
+    "Apertus": ("apertus", NARROW, 32, 16),
+    "Apertus, biases": ("apertus", {**NARROW, **ONE, "attention_bias": True}, 24, 16),
+    "HyperCLOVAX": ("hyperclovax", {**MULTIPLIERS, "attention_bias": True}, 32, 16),
+    "Cwm": ("cwm", TYPES, 32, 16),
+    "Ministral": ("ministral", TYPES, 32, 16),
+    "Dots1": ("dots1", {**NARROW, **MOE, **ROUTED, **TYPES}, 32, 16),
+    "Jais2": ("jais2", {}, 32, 16),
+    "Olmo": ("olmo", {**NARROW, "attention_bias": True}, 32, 16),
+    "GraniteMoe": ("granitemoe", {**NARROW, **MULTIPLIERS, **MOE, "num_local_experts": 4, "attention_bias": True}, 32, 16),
     "Phi3": ("phi3", {**NARROW}, 32, 16),
     "Gemma2": ("gemma2", {**TYPES, "attention_bias": True, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}, 34, 16),
     "Gemma3": ("gemma3_text", {**TYPES, "query_pre_attn_scalar": 24}, 32, 16),
