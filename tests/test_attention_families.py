@@ -21,7 +21,7 @@ class Unrounded(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if function is torch.Tensor.float or (function is torch.Tensor.to and torch.float32 in args):
+            if function is torch.Tensor.float or (function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args):
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = kwargs | {"dtype": torch.float64}
