@@ -203,6 +203,10 @@ class MLAConfigMixin:
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
+    def validate_rope(self: Any) -> None:
+        """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""
+        PreTrainedConfig.validate_rope(self)
+
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
         return super().to_dict() | {"hf_mla_version": __version__}  # type: ignore[misc]

@@ -4,15 +4,17 @@ import re
 
 import pytest
 import torch
+from conftest import LLAMA3_ROPE
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import hf_mla
 from hf_mla import MLACache
+from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
 from hf_mla_conversion.mathematics.moments import LayerMoments
 from hf_mla_conversion.source.attention import attention_of, projections, read
-from hf_mla_conversion.source.families import FAMILIES
+from hf_mla_conversion.source.families import FAMILIES, ropes
 
 
 class Unrounded(TorchFunctionMode):
@@ -81,8 +83,8 @@ def distance(logits, expected):
     return (logits - expected).abs().max().item()
 
 
-def make(model_type, changes):
-    """A random model of the library in float64, all of its key heads mixes of the first."""
+def make(model_type, changes, mix=True):
+    """A random model of the library in float64; `mix`: all key heads are mixes of the first."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
     model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -93,7 +95,7 @@ def make(model_type, changes):
         if "q_norm" in name or "k_norm" in name or "k_layernorm" in name:
             parameter.data.uniform_(0.5, 1.5)
     model.set_experts_implementation("eager")  # the library's fastest has no float64
-    for layer in model.base_model.layers:
+    for layer in model.base_model.layers if mix else ():
         mix_keys(attention_of(layer))
     return model
 
@@ -148,3 +150,46 @@ def test_logits_equal_the_originals_in_float64(unrounded, model_type, changes, r
     for cache in caches:
         parts = [converted(part, cache=cache).logits for part in ids.split([40, *[1] * 24], dim=1)]
         assert distance(torch.cat(parts, 1), expected) < 1e-9, cache
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5]}
+BY_TYPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}
+SCALED = {  # model type, what is not as in `SHAPE`, qk_rope_head_dim
+    "YaRN": ("llama", {"rope_parameters": YARN}, 4),
+    "YaRN, not truncated": ("llama", {"rope_parameters": {**YARN, "truncate": False}}, 4),
+    "YaRN, wide": ("llama", {"head_dim": 128, "rope_parameters": {**YARN, "rope_theta": 1e6, "factor": 32.0}}, 16),
+    "YaRN of one type of layers": ("olmo3", {**TYPES, **NARROW, "rope_parameters": BY_TYPE}, 4),
+    "longrope of a part": ("phi3", {**NARROW, "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75}}, 4),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}, 4),
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_a_narrower_rope_turns_as_every_fold_groups_first_pair(model_type, changes, rope_dim):
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    converted = mla_config(config, 16, rope_dim, "float32")
+    own = AutoModelForCausalLM.from_config(config).base_model.rotary_emb
+    narrow = rotary_embedding(converted, type(own))
+    for length in (16, 200):  # within and beyond the context of training
+        place = torch.zeros(1), torch.arange(length).unsqueeze(0)
+        for kind in ropes(config):
+            before, after = (rotary(*place) if kind is None else rotary(*place, kind) for rotary in (own, narrow))
+            for wide, narrower in zip(before, after, strict=True):
+                assert narrower.shape[-1] == rope_dim
+                folded = wide.chunk(2, -1)[0][..., :: wide.shape[-1] // rope_dim]
+                assert torch.allclose(narrower.chunk(2, -1)[0], folded, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_what_loses_its_rotation_keeps_its_factor(unrounded, model_type, changes, rope_dim):
+    """With all tokens at place 0 RoPE is a factor, and heads that share no rotary key are exact."""
+    original = make(model_type, changes, mix=False)
+    converted = converted_model(original, 64, rope_dim)
+    ids = torch.randint(3, 256, (2, 24))
+    place = {"position_ids": torch.zeros_like(ids), "attention_mask": torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()}
+    expected = original(ids, **place).logits
+    assert distance(converted(ids, **place).logits, expected) < 1e-9
+    assert distance(converted(ids).logits, original(ids).logits) > 1e-3  # else nothing would have been shown
