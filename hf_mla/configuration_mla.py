@@ -202,6 +202,7 @@ class MLAConfigMixin:
             self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        self.head_dim = self.qk_rope_head_dim  # Cohere2 sets another
 
     def validate_rope(self: Any) -> None:
         """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""
