@@ -222,6 +222,10 @@ class MLAConfigMixin:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.head_dim = self.qk_rope_head_dim  # again, where the family computes its own, or has no such field
 
+    def validate_rope(self: Any) -> None:
+        """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""
+        PreTrainedConfig.validate_rope(self)
+
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
         return super().to_dict() | {"hf_mla_version": __version__}  # type: ignore[misc]

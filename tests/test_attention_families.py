@@ -1,18 +1,31 @@
 """The attention of every family, read into one form and converted at full rank, against the library's own, in float64."""
 
 import re
+import sys
 
 import pytest
 import torch
+from conftest import LLAMA3_ROPE, MODEL
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    StaticCache,
+)
+from transformers.masking_utils import eager_mask
 
 import hf_mla
-from hf_mla import MLACache
+from hf_mla import MLACache, attention_mla
+from hf_mla.layer_mla import rotary_embedding
+from hf_mla_conversion import convert
 from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
-from hf_mla_conversion.mathematics.moments import LayerMoments
-from hf_mla_conversion.source.attention import attention_of, projections, read
-from hf_mla_conversion.source.families import FAMILIES
+from hf_mla_conversion.mathematics.moments import LayerMoments, hooks
+from hf_mla_conversion.source.attention import attention_of, pair_order, projections, read, watch_gradients
+from hf_mla_conversion.source.families import FAMILIES, ropes
 
 
 class Unrounded(TorchFunctionMode):
@@ -105,7 +118,7 @@ EXACT = {  # model type, what is not as in `SHAPE`, kv_lora_rank, qk_rope_head_d
     "Phi": ("phi", NARROW, 48, 8),
     "StableLm": ("stablelm", NARROW, 56, 4),
     "StableLm, norms": ("stablelm", {**NARROW, **ONE, "qk_layernorm": True}, 28, 4),
-    "GPTNeoX": ("gpt_neox", {**NARROW}, 64, 4),
+    "GPTNeoX": ("gpt_neox", {**NARROW, "num_key_value_heads": None}, 64, 4),
     "Nemotron": ("nemotron", ONE, 24, 8),
     "Cohere": ("cohere", NARROW, 32, 16),
     "Cohere, norms": ("cohere", {**NARROW, **ONE, "use_qk_norm": True}, 16, 16),
@@ -117,8 +130,8 @@ def distance(logits, expected):
     return (logits - expected).abs().max().item()
 
 
-def make(model_type, changes):
-    """A random model of the library in float64, all of its key heads mixes of the first."""
+def make(model_type, changes, mix=True):
+    """A random model of the library in float64; `mix`: all key heads are mixes of the first."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
     model = AutoModelForCausalLM.from_config(config).double().eval()
@@ -129,7 +142,7 @@ def make(model_type, changes):
         if "q_norm" in name or "k_norm" in name or "k_layernorm" in name:
             parameter.data.uniform_(0.5, 1.5)
     model.set_experts_implementation("eager")  # the library's fastest has no float64
-    for layer in model.base_model.layers:
+    for layer in model.base_model.layers if mix else ():
         mix_keys(attention_of(layer))
     return model
 
@@ -184,3 +197,120 @@ def test_logits_equal_the_originals_in_float64(unrounded, model_type, changes, r
     for cache in caches:
         parts = [converted(part, cache=cache).logits for part in ids.split([40, *[1] * 24], dim=1)]
         assert distance(torch.cat(parts, 1), expected) < 1e-9, cache
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5]}
+BY_TYPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}
+SCALED = {  # model type, what is not as in `SHAPE`, qk_rope_head_dim
+    "YaRN": ("llama", {"rope_parameters": YARN}, 4),
+    "YaRN, not truncated": ("llama", {"rope_parameters": {**YARN, "truncate": False}}, 4),
+    "YaRN, wide": ("llama", {"head_dim": 128, "rope_parameters": {**YARN, "rope_theta": 1e6, "factor": 32.0}}, 16),
+    "YaRN of one type of layers": ("olmo3", {**TYPES, **NARROW, "rope_parameters": BY_TYPE}, 4),
+    "longrope of a part": ("phi3", {**NARROW, "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75}}, 4),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}, 4),
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_a_narrower_rope_turns_as_every_fold_groups_first_pair(model_type, changes, rope_dim):
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    converted = mla_config(config, 16, rope_dim, "float32")
+    own = AutoModelForCausalLM.from_config(config).base_model.rotary_emb
+    narrow = rotary_embedding(converted, type(own))
+    for length in (16, 200):  # within and beyond the context of training
+        place = torch.zeros(1), torch.arange(length).unsqueeze(0)
+        for kind in ropes(config):
+            before, after = (rotary(*place) if kind is None else rotary(*place, kind) for rotary in (own, narrow))
+            for wide, narrower in zip(before, after, strict=True):
+                assert narrower.shape[-1] == rope_dim
+                folded = wide.chunk(2, -1)[0][..., :: wide.shape[-1] // rope_dim]
+                assert torch.allclose(narrower.chunk(2, -1)[0], folded, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_what_loses_its_rotation_keeps_its_factor(unrounded, model_type, changes, rope_dim):
+    """With all tokens at place 0 RoPE is a factor, and heads that share no rotary key are exact."""
+    original = make(model_type, changes, mix=False)
+    converted = converted_model(original, 64, rope_dim)
+    ids = torch.randint(3, 256, (2, 24))
+    place = {"position_ids": torch.zeros_like(ids), "attention_mask": torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()}
+    expected = original(ids, **place).logits
+    assert distance(converted(ids, **place).logits, expected) < 1e-9
+    assert distance(converted(ids).logits, original(ids).logits) > 1e-3  # else nothing would have been shown
+
+
+KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, in Triton's interpreter, where a split is empty
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_expanded_absorbed_and_kernel_agree(name, monkeypatch):
+    model_type, changes, *_ = EXACT[name]
+    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    config = mla_config(AutoConfig.for_model(model_type, **shape), 24, 8, "float32")
+    model = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.15 * torch.randn_like(parameter))
+    ids = torch.randint(3, 256, (2, 40))
+    expected = model(ids, use_cache=False).logits
+    calls = []
+    decode = attention_mla.latent_decode
+    monkeypatch.setattr(attention_mla, "latent_decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    for in_kernel in (False, True):
+        monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, value=in_kernel: value)
+        cache = MLACache(config)
+        parts = [model(part, cache=cache).logits for part in ids.split([30, *[2] * 5], dim=1)]
+        assert distance(torch.cat(parts, 1), expected) < 1e-4 * expected.std()
+        assert len(calls) == 10 * in_kernel
+
+
+@pytest.mark.parametrize("name", ["Phi3", "Gemma3", "Olmo2", "Cohere2", "GPTNeoX", "StableLm, norms", "Glm4Moe"])
+def test_gradients_at_keys_and_values_are_those_that_attention_gets(name, unrounded):
+    """At place 0 RoPE changes nothing, so keys are to the attention function what they were before."""
+    model_type, changes, *_ = EXACT[name]
+    model, got, given = make(model_type, changes), {}, []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        for tensor in (key, value):  # [B, g, T, d]
+            tensor.retain_grad()
+            given.append(tensor)
+        return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("watched", attention)
+    AttentionMaskInterface.register("watched", eager_mask)
+    model.set_attn_implementation("watched")
+    module = attention_of(model.base_model.layers[1])
+    handles = watch_gradients(module, 12, lambda gradient: got.update(keys=gradient), lambda gradient: got.update(values=gradient))
+    ids = torch.randint(3, 256, (3, 12))
+    with hooks(handles):
+        causal = torch.full((12, 12), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1).expand(3, 1, 12, 12)
+        model(ids, attention_mask=causal, position_ids=torch.zeros_like(ids), use_cache=False).logits.square().sum().backward()
+    key, value = (tensor.grad.transpose(1, 2) for tensor in given[-2:])
+    assert torch.allclose(got["keys"], key[..., pair_order(model.config)].flatten(2))
+    assert torch.allclose(got["values"], value.flatten(2))
+    assert key.std() > 0 and value.std() > 0
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if "," not in name])
+def test_conversion(name, tmp_path):
+    """Converted by the program, a model loads, is as the original, generates, and is the same when saved and loaded again."""
+    model_type, changes, rank, rope_dim = EXACT[name]
+    original = make(model_type, changes | {"vocab_size": 4096}).float()
+    original.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "source")
+    sizes = {"kv_lora_rank": min(rank, original.config.hidden_size), "qk_rope_head_dim": rope_dim}
+    convert(str(tmp_path / "source"), str(tmp_path / "mla"), calibration_tokens=512, window=128, steps=0, device="cpu", **sizes)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "mla").eval()
+    ids = torch.randint(3, 4096, (2, 24))
+    with torch.no_grad():
+        expected = original(ids).logits
+        assert distance(converted(ids).logits, expected) < 1e-3 * expected.std()
+    tokens = converted.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, original.generate(ids, max_new_tokens=8, do_sample=False))
+    converted.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.generate(ids, max_new_tokens=8, do_sample=False), tokens)

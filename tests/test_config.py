@@ -36,7 +36,6 @@ def test_wrong_types_are_refused():
     [
         ({"num_key_norms": 3}, "a divisor of num_attention_heads"),
         ({"num_key_norms": -2}, "a divisor of num_attention_heads"),
-        ({"num_key_norms": 2, "attention_bias": True}, "only without biases"),
     ],
 )
 def test_impossible_key_norms_are_refused(changes, message):

@@ -12,7 +12,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from ..source.families import FAMILIES, has_biases, key_norms, refusal, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
 from ..source.matching import match_model
 
@@ -64,7 +64,7 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     config = checkpoint.config
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     norms = key_norms(config, qk_norm)
-    source_floats = 2 * config.num_key_value_heads * head_dim
+    source_floats = 2 * kv_heads(config) * head_dim
     converted_floats = kv_lora_rank + qk_rope_head_dim + norms
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     stored = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
@@ -132,9 +132,9 @@ def possible_sizes(
     Raises:
         UserError: both or half of the ways are used, or a number is out of range.
     """
-    head_dim = source_head_dim(config)
-    source = 2 * config.num_key_value_heads * head_dim
-    rope_dims = [dim for dim in range(2, head_dim + 1, 2) if head_dim % dim == 0]
+    head_dim, rotary = source_head_dim(config), rotary_width(config)
+    source = 2 * kv_heads(config) * head_dim
+    rope_dims = [dim for dim in range(2, rotary + 1, 2) if rotary % dim == 0]
     allowed = ", ".join(map(str, rope_dims))
     if (kv_lora_rank is None) != (qk_rope_head_dim is None):
         raise UserError("--kv-lora-rank and --qk-rope-head-dim go together; give both, or --kv-budget")
@@ -142,7 +142,8 @@ def possible_sizes(
         if kv_budget is not None:
             raise UserError("--kv-budget and --kv-lora-rank exclude each other; give one of them")
         if qk_rope_head_dim not in rope_dims:
-            raise UserError(f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of head_dim {head_dim})")
+            of = f"head_dim {head_dim}" if rotary == head_dim else f"the {rotary} numbers of a head that are rotated"
+            raise UserError(f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of {of})")
         most = min(source - qk_rope_head_dim, config.hidden_size)
         if not 1 <= kv_lora_rank <= most:
             raise UserError(
@@ -165,7 +166,7 @@ def possible_sizes(
 def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
     """Rank and rotary width of caches from large to small: of each, the split by a rule and the next with a wider rotary key."""
     least = 6 + key_norms(config, qk_norm)
-    source = 2 * config.num_key_value_heads * source_head_dim(config)
+    source = 2 * kv_heads(config) * source_head_dim(config)
     shares = [share for share in LADDER if math.floor(share * source) >= least]
     sizes: list[tuple[int, int]] = []
     for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in reversed(shares)):
@@ -193,7 +194,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     config, scale = checkpoint.config, SCALES[device]
     width = computed_width(checkpoint, device)
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
-    queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
+    queries, keys_values = heads * head_dim, 2 * kv_heads(config) * head_dim
     rank, rope_dim = size
     prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix("self_attn.")
     layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
@@ -231,7 +232,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     config = checkpoint.config
     surveyed = min(tokens, max(4 * window, SURVEY_TOKENS))
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
-    moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
+    moments = 2 * 8 * (kv_heads(config) * source_head_dim(config)) ** 2  # of keys and of values, in float64
     attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
     layers = bytes_written * attention // checkpoint.parameters
     return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)

@@ -98,10 +98,10 @@ def refusal(config: Any) -> str | None:
     if getattr(config, "qk_layernorm", False) and not FAMILIES[config.model_type].qk_norm:
         return "qk_layernorm is true; the norm's bias is added to a key after it was scaled, which the format has no place for"
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        if getattr(config, name) < 1:
+        if getattr(config, name, 1) < 1:
             return f"{name} is {getattr(config, name)}; it must be positive"
-    if config.num_attention_heads % config.num_key_value_heads:
-        return f"{config.num_attention_heads} query heads do not divide among {config.num_key_value_heads} key/value heads"
+    if config.num_attention_heads % kv_heads(config):
+        return f"{config.num_attention_heads} query heads do not divide among {kv_heads(config)} key/value heads"
     if config.max_position_embeddings < 2:
         return f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
     for rope in ropes(config).values():

@@ -28,6 +28,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import UserError
 from .checkpoint import Checkpoint, load_file, save_file
+from .families import kv_heads
 from .loading import compute_dtype, free_memory, load_model
 
 
@@ -195,7 +196,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: int) -> int:
     """How many sequences fit in memory, at most as many as are worth it; an even number."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * itemsize
+    cached = 2 * config.num_hidden_layers * kv_heads(config) * head_dim * length * itemsize
     fitting = int(MEMORY_SHARE * free_memory(device) / (cached + 12 * config.vocab_size))
     return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
 
