@@ -22,6 +22,17 @@ def source_head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def mlp_width(config: Any) -> int:
+    """How many numbers a token becomes inside of the widest MLP: of all experts that it goes to, where there are some."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if not experts:
+        return config.intermediate_size
+    routed = experts * getattr(config, "moe_intermediate_size", config.intermediate_size)
+    shared = getattr(config, "n_shared_experts", 0) or 0
+    beside = shared * getattr(config, "moe_intermediate_size", 0) + getattr(config, "shared_expert_intermediate_size", 0)
+    return max(config.intermediate_size, routed + beside)
+
+
 def biased_projections(config: Any) -> tuple[str, ...]:
     """Which of the projections q, k, v, o of a source have a bias."""
     family = FAMILIES[config.model_type]
