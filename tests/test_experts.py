@@ -73,7 +73,7 @@ def test_experts_are_kept_loaded_and_saved_as_they_were_stored(pair, tmp_path):
     assert torch.equal(again(ids).logits, converted(ids).logits)
     classifier, missing = load(out, AutoModelForSequenceClassification, **EAGER)
     assert missing == {"score.weight"}
-    assert all(torch.equal(tensor, classifier.state_dict()[name]) for name, tensor in converted.model.state_dict("model.").items())
+    assert same(converted.model.state_dict(), classifier.model.state_dict())
 
 
 def test_commands_tell_of_experts_as_they_are_stored(pair):
@@ -87,6 +87,26 @@ def test_commands_tell_of_experts_as_they_are_stored(pair):
         assert info(folder)["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     verified = verify(out, against=source, text=VALIDATION, tokens=512, device="cpu")
     assert abs(verified.kl) < 1e-6
+
+
+@pytest.mark.parametrize("train", ["attention", "lora", "all"])
+def test_healed_experts(tmp_path, train):
+    """They change where all is trained, from checkpoints that the training goes on from too; they are written as before."""
+    source, out, dest = (str(tmp_path / name) for name in ("source", "out", "healed"))
+    make_source(source, "Qwen3Moe", dtype=torch.bfloat16, max_position_embeddings=64, **FAMILIES["Qwen3Moe"])
+    convert(source, out, kv_lora_rank=8, qk_rope_head_dim=4, calibration_tokens=512, steps=0, device="cpu")
+    options = {"teacher": source, "text": VALIDATION, "train": train, "step_tokens": 256, "device": "cpu"}
+    report = heal(out, dest, steps=4, learning_rate=1e-2, **options)
+    before, after = stored(out), stored(dest)
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert all(torch.equal(before[name], after[name]) != (train == "all") for name in experts)
+    planned = heal(out, str(tmp_path / "dry"), dry_run=True, **options)
+    assert planned.trained_parameters == report.trained_parameters
+    model, missing = load(dest, dtype=torch.float32)
+    assert not missing
+    if train == "all":
+        assert report.trained_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 WITHOUT_HF_MLA = """
