@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hf_mla_conversion import convert, heal, info, plan, verify
 from hf_mla_conversion.errors import UserError
+from hf_mla_conversion.mathematics.distill import Healing
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 
 
@@ -89,12 +90,19 @@ def test_commands_tell_of_experts_as_they_are_stored(pair):
     assert abs(verified.kl) < 1e-6
 
 
-@pytest.mark.parametrize("train", ["attention", "lora", "all"])
-def test_healed_experts(tmp_path, train):
-    """They change where all is trained, from checkpoints that the training goes on from too; they are written as before."""
-    source, out, dest = (str(tmp_path / name) for name in ("source", "out", "healed"))
-    make_source(source, "Qwen3Moe", dtype=torch.bfloat16, max_position_embeddings=64, **FAMILIES["Qwen3Moe"])
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A source whose sequences are of 64 tokens, and its conversion."""
+    folder = tmp_path_factory.mktemp("short")
+    changes = {"dtype": torch.bfloat16, "max_position_embeddings": 64, **FAMILIES["Qwen3Moe"]}
+    source, out = make_source(folder / "source", "Qwen3Moe", **changes), str(folder / "out")
     convert(source, out, kv_lora_rank=8, qk_rope_head_dim=4, calibration_tokens=512, steps=0, device="cpu")
+    return source, out
+
+
+@pytest.mark.parametrize("train", ["attention", "lora", "all"])
+def test_healed_experts_change_where_all_is_trained_and_are_written_as_before(short, tmp_path, train):
+    (source, out), dest = short, str(tmp_path / "healed")
     options = {"teacher": source, "text": VALIDATION, "train": train, "step_tokens": 256, "device": "cpu"}
     report = heal(out, dest, steps=4, learning_rate=1e-2, **options)
     before, after = stored(out), stored(dest)
@@ -107,6 +115,23 @@ def test_healed_experts(tmp_path, train):
     assert not missing
     if train == "all":
         assert report.trained_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_healing_goes_on_with_the_experts_that_it_has_trained(short, tmp_path, monkeypatch):
+    source, out = short
+    options = {"teacher": source, "text": VALIDATION, "train": "all", "steps": 22, "step_tokens": 256, "device": "cpu"}
+
+    def interrupt(callback, args, state, control, **_):
+        if state.global_step == 10:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Healing, "on_step_end", interrupt)
+        heal(out, str(tmp_path / "resumed"), learning_rate=1e-2, **options)
+    assert (tmp_path / ".resumed.incomplete" / "checkpoint-8" / "complete").exists()
+    resumed, whole = (heal(out, str(tmp_path / name), learning_rate=1e-2, **options) for name in ("resumed", "whole"))
+    first, second = ([entry["perplexity"] for entry in report.history if "perplexity" in entry] for report in (resumed, whole))
+    assert first == pytest.approx(second, rel=1e-4)
 
 
 WITHOUT_HF_MLA = """
