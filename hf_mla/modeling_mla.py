@@ -164,7 +164,8 @@ def make_models(family: Family) -> dict[str, Any]:
     """
     source = CONFIG_MAPPING[family.model_type]
     own_decoder: Any = MODEL_MAPPING[source]
-    own_pretrained, own_language_model = own_decoder.__base__, MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    own_pretrained = own_decoder.__base__
+    own_language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[source]
     made: dict[str, Any] = {}
 
     def make(suffix: str, bases: tuple[Any, ...], doc: str, **members: Any) -> Any:

@@ -12,9 +12,9 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, refusal, rotary_width, source_head_dim
+from ..source.families import has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
-from ..source.matching import match_model
+from ..source.matching import ModelCheckpoint, match_model
 
 
 DEFAULT_KV_BUDGET = 0.3125
@@ -179,7 +179,7 @@ def computed_width(checkpoint: Checkpoint, device: str) -> int:
     return {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)
 
 
-def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
+def memory_estimate(checkpoint: ModelCheckpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
     """Bytes of memory that a conversion takes at its peak.
 
     Args:
@@ -196,23 +196,33 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     queries, keys_values = heads * head_dim, 2 * kv_heads(config) * head_dim
     rank, rope_dim = size
-    prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix("self_attn.")
-    layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
+    layer, assembled = largest_layer(checkpoint)
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
     window = min(scale.window, config.max_position_embeddings)
     step, batch = max(scale.step, window), max(scale.batch, window)
     # Numbers per token that a layer keeps for its backward pass: the original's, and the converted attention's.
-    original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
+    original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * mlp_width(config)
     converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank
     fitting = 4 * (7 * mla + step * converted)  # weights, gradient, momentum, work space and what is best so far, in float32
     # In float64, and in part complex.
     closed_form = 8 * (6 * keys_values**2 + 6 * hidden**2 + 4 * queries**2 + 8 * (queries + keys_values) * hidden + 3 * mla)
     return LIBRARIES + max(
         table * width + HEAD_TOKENS * config.vocab_size * 16,
-        tokens * hidden * width + layer * width + max(fitting, closed_form),
+        tokens * hidden * width + layer * width + max(fitting, closed_form, assembled * width),
         layer * width + batch * original * width,
     )
+
+
+def largest_layer(checkpoint: ModelCheckpoint) -> tuple[int, int]:
+    """Numbers in the largest layer, and in the largest tensor that is put together, whose pieces are there beside it."""
+    layers: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        place, _, inside = name.partition(".layers.")
+        if inside:
+            layer = f"{place}.{inside.split('.')[0]}"
+            layers[layer] = layers.get(layer, 0) + tensor.parameters
+    return max(layers.values()), max((checkpoint.tensors[name].parameters for name in checkpoint.assembled), default=0)
 
 
 def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, own: int = 0) -> int:
@@ -238,7 +248,7 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 
-def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: Any) -> None:
+def check_memory(checkpoint: ModelCheckpoint, sizes: list[tuple[int, int]], device: Any) -> None:
     """Raise a UserError if a conversion's peak does not fit in what is free, hidden states on disk.
 
     Args:

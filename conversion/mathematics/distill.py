@@ -8,6 +8,7 @@
 * A loss that is not finite stops the training before such weights can be saved, and names the layer that it came from.
 """
 
+import functools
 import math
 import shutil
 import sys
@@ -105,6 +106,9 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device)
         self.folder = folder
         student: Any = self.model
+        if not hasattr(student, "merge_and_unload"):
+            # The Trainer goes on from what it saves by the model's own names; experts, for one, have others in a checkpoint.
+            student.save_pretrained = functools.partial(student.save_pretrained, save_original_format=False)
         self.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         self.best: dict[str, Tensor] = {}
         self._watched: list[Tensor] | None = None

@@ -51,6 +51,17 @@ def rotary_width(config: Any) -> int:
     return int(source_head_dim(config) * next(iter(ropes(config).values())).get("partial_rotary_factor", 1.0))
 
 
+def mlp_width(config: Any) -> int:
+    """How many numbers a token becomes inside of the widest MLP: of all experts that it goes to, where there are some."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if not experts:
+        return config.intermediate_size
+    routed = experts * getattr(config, "moe_intermediate_size", config.intermediate_size)
+    shared = getattr(config, "n_shared_experts", 0) or 0
+    beside = shared * getattr(config, "moe_intermediate_size", 0) + getattr(config, "shared_expert_intermediate_size", 0)
+    return max(config.intermediate_size, routed + beside)
+
+
 def has_biases(config: Any) -> bool:
     """Whether projections of a source's attention, some at least, have a bias."""
     family = FAMILIES[config.model_type]

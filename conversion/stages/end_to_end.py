@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import brief
@@ -25,7 +26,9 @@ from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_check
 from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
 from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
+from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
+from ..source.matching import ModelCheckpoint
 
 
 RATES = {"lora": 1e-3, "attention": 1e-3, "all": 2.5e-4}
@@ -193,7 +196,7 @@ def memory(
     (weights, theirs, trained), lora = numbers, training.what == "lora"
     width = 2 if device.type == "cuda" else 4  # of an activation
     heads, hidden = config.num_attention_heads, config.hidden_size
-    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * config.intermediate_size
+    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * mlp_width(config)
     kept = config.num_hidden_layers * (hidden if training.gradient_checkpointing else layer)
     kept += layer if training.gradient_checkpointing else 0
     head = 0 if lora or training.what == "attention" else config.vocab_size * hidden * 8  # its gradient, and a chunk's share of it
@@ -281,7 +284,7 @@ def training_arguments(folder: Path, training: Training, device: torch.device, r
     )
 
 
-def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> Path:
+def write_trained(checkpoint: ModelCheckpoint, folder: Path, training: Training) -> Path:
     """Write the trained checkpoint: the best weights, merged, each in the type it was stored in; all else as it was.
 
     Args:
@@ -311,8 +314,10 @@ def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> P
         # Contents only: the modes of a read-only checkpoint would keep the card from being written.
         copy = partial(shutil.copytree, copy_function=shutil.copyfile) if entry.is_dir() else shutil.copyfile
         copy(entry, output / entry.name)
-    state, types = trained.state_dict(), {header: getattr(torch, name) for name, header in DTYPES.items()}
-    ShardWriter(output, checkpoint.tensors).write(lambda name: state[name].to(types[checkpoint.tensors[name].dtype]))
+    tensors = {name: checkpoint.stored.tensors[part] for name, part in checkpoint.written.items()}
+    state = revert_weight_conversion(trained, trained.state_dict())  # experts one by one, say, as the library would save them
+    types = {header: getattr(torch, name) for name, header in DTYPES.items()}
+    ShardWriter(output, tensors).write(lambda name: state[name].to(types[tensors[name].dtype]))
     return output
 
 
