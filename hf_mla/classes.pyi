@@ -8,6 +8,7 @@ from .modeling_mla import MLAForQuestionAnsweringMixin
 from .modeling_mla import MLAForSequenceClassificationMixin
 from .modeling_mla import MLAForTokenClassificationMixin
 from .modeling_mla import MLAModelMixin
+from .modeling_mla import MLAPreTrainedModelMixin
 from transformers.models.apertus.configuration_apertus import ApertusConfig
 from transformers.models.apertus.modeling_apertus import ApertusForCausalLM
 from transformers.models.apertus.modeling_apertus import ApertusModel
@@ -166,7 +167,7 @@ class LlamaMLAConfig(MLAConfigMixin, LlamaConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class LlamaMLAPreTrainedModel(LlamaPreTrainedModel):
+class LlamaMLAPreTrainedModel(MLAPreTrainedModelMixin, LlamaPreTrainedModel):
     config: LlamaMLAConfig
 
 class LlamaMLAModel(MLAModelMixin, LlamaMLAPreTrainedModel, LlamaModel):
@@ -188,7 +189,7 @@ class MistralMLAConfig(MLAConfigMixin, MistralConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class MistralMLAPreTrainedModel(MistralPreTrainedModel):
+class MistralMLAPreTrainedModel(MLAPreTrainedModelMixin, MistralPreTrainedModel):
     config: MistralMLAConfig
 
 class MistralMLAModel(MLAModelMixin, MistralMLAPreTrainedModel, MistralModel):
@@ -210,7 +211,7 @@ class Qwen2MLAConfig(MLAConfigMixin, Qwen2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class Qwen2MLAPreTrainedModel(Qwen2PreTrainedModel):
+class Qwen2MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen2PreTrainedModel):
     config: Qwen2MLAConfig
 
 class Qwen2MLAModel(MLAModelMixin, Qwen2MLAPreTrainedModel, Qwen2Model):
@@ -232,7 +233,7 @@ class Qwen3MLAConfig(MLAConfigMixin, Qwen3Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Qwen3MLAPreTrainedModel(Qwen3PreTrainedModel):
+class Qwen3MLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen3PreTrainedModel):
     config: Qwen3MLAConfig
 
 class Qwen3MLAModel(MLAModelMixin, Qwen3MLAPreTrainedModel, Qwen3Model):
@@ -254,7 +255,7 @@ class MixtralMLAConfig(MLAConfigMixin, MixtralConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class MixtralMLAPreTrainedModel(MixtralPreTrainedModel):
+class MixtralMLAPreTrainedModel(MLAPreTrainedModelMixin, MixtralPreTrainedModel):
     config: MixtralMLAConfig
 
 class MixtralMLAModel(MLAModelMixin, MixtralMLAPreTrainedModel, MixtralModel):
@@ -276,7 +277,7 @@ class Qwen2MoeMLAConfig(MLAConfigMixin, Qwen2MoeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class Qwen2MoeMLAPreTrainedModel(Qwen2MoePreTrainedModel):
+class Qwen2MoeMLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen2MoePreTrainedModel):
     config: Qwen2MoeMLAConfig
 
 class Qwen2MoeMLAModel(MLAModelMixin, Qwen2MoeMLAPreTrainedModel, Qwen2MoeModel):
@@ -298,7 +299,7 @@ class Qwen3MoeMLAConfig(MLAConfigMixin, Qwen3MoeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Qwen3MoeMLAPreTrainedModel(Qwen3MoePreTrainedModel):
+class Qwen3MoeMLAPreTrainedModel(MLAPreTrainedModelMixin, Qwen3MoePreTrainedModel):
     config: Qwen3MoeMLAConfig
 
 class Qwen3MoeMLAModel(MLAModelMixin, Qwen3MoeMLAPreTrainedModel, Qwen3MoeModel):
@@ -320,7 +321,7 @@ class GraniteMLAConfig(MLAConfigMixin, GraniteConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class GraniteMLAPreTrainedModel(GranitePreTrainedModel):
+class GraniteMLAPreTrainedModel(MLAPreTrainedModelMixin, GranitePreTrainedModel):
     config: GraniteMLAConfig
 
 class GraniteMLAModel(MLAModelMixin, GraniteMLAPreTrainedModel, GraniteModel):
@@ -342,7 +343,7 @@ class Starcoder2MLAConfig(MLAConfigMixin, Starcoder2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class Starcoder2MLAPreTrainedModel(Starcoder2PreTrainedModel):
+class Starcoder2MLAPreTrainedModel(MLAPreTrainedModelMixin, Starcoder2PreTrainedModel):
     config: Starcoder2MLAConfig
 
 class Starcoder2MLAModel(MLAModelMixin, Starcoder2MLAPreTrainedModel, Starcoder2Model):
@@ -364,7 +365,7 @@ class SeedOssMLAConfig(MLAConfigMixin, SeedOssConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class SeedOssMLAPreTrainedModel(SeedOssPreTrainedModel):
+class SeedOssMLAPreTrainedModel(MLAPreTrainedModelMixin, SeedOssPreTrainedModel):
     config: SeedOssMLAConfig
 
 class SeedOssMLAModel(MLAModelMixin, SeedOssMLAPreTrainedModel, SeedOssModel):
@@ -386,7 +387,7 @@ class ArceeMLAConfig(MLAConfigMixin, ArceeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class ArceeMLAPreTrainedModel(ArceePreTrainedModel):
+class ArceeMLAPreTrainedModel(MLAPreTrainedModelMixin, ArceePreTrainedModel):
     config: ArceeMLAConfig
 
 class ArceeMLAModel(MLAModelMixin, ArceeMLAPreTrainedModel, ArceeModel):
@@ -408,7 +409,7 @@ class GemmaMLAConfig(MLAConfigMixin, GemmaConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class GemmaMLAPreTrainedModel(GemmaPreTrainedModel):
+class GemmaMLAPreTrainedModel(MLAPreTrainedModelMixin, GemmaPreTrainedModel):
     config: GemmaMLAConfig
 
 class GemmaMLAModel(MLAModelMixin, GemmaMLAPreTrainedModel, GemmaModel):
@@ -430,7 +431,7 @@ class ApertusMLAConfig(MLAConfigMixin, ApertusConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class ApertusMLAPreTrainedModel(ApertusPreTrainedModel):
+class ApertusMLAPreTrainedModel(MLAPreTrainedModelMixin, ApertusPreTrainedModel):
     config: ApertusMLAConfig
 
 class ApertusMLAModel(MLAModelMixin, ApertusMLAPreTrainedModel, ApertusModel):
@@ -452,7 +453,7 @@ class HyperCLOVAXMLAConfig(MLAConfigMixin, HyperCLOVAXConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class HyperCLOVAXMLAPreTrainedModel(HyperCLOVAXPreTrainedModel):
+class HyperCLOVAXMLAPreTrainedModel(MLAPreTrainedModelMixin, HyperCLOVAXPreTrainedModel):
     config: HyperCLOVAXMLAConfig
 
 class HyperCLOVAXMLAModel(MLAModelMixin, HyperCLOVAXMLAPreTrainedModel, HyperCLOVAXModel):
@@ -474,7 +475,7 @@ class CwmMLAConfig(MLAConfigMixin, CwmConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class CwmMLAPreTrainedModel(CwmPreTrainedModel):
+class CwmMLAPreTrainedModel(MLAPreTrainedModelMixin, CwmPreTrainedModel):
     config: CwmMLAConfig
 
 class CwmMLAModel(MLAModelMixin, CwmMLAPreTrainedModel, CwmModel):
@@ -496,7 +497,7 @@ class MinistralMLAConfig(MLAConfigMixin, MinistralConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class MinistralMLAPreTrainedModel(MinistralPreTrainedModel):
+class MinistralMLAPreTrainedModel(MLAPreTrainedModelMixin, MinistralPreTrainedModel):
     config: MinistralMLAConfig
 
 class MinistralMLAModel(MLAModelMixin, MinistralMLAPreTrainedModel, MinistralModel):
@@ -518,7 +519,7 @@ class Dots1MLAConfig(MLAConfigMixin, Dots1Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Dots1MLAPreTrainedModel(Dots1PreTrainedModel):
+class Dots1MLAPreTrainedModel(MLAPreTrainedModelMixin, Dots1PreTrainedModel):
     config: Dots1MLAConfig
 
 class Dots1MLAModel(MLAModelMixin, Dots1MLAPreTrainedModel, Dots1Model):
@@ -540,7 +541,7 @@ class Jais2MLAConfig(MLAConfigMixin, Jais2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class Jais2MLAPreTrainedModel(Jais2PreTrainedModel):
+class Jais2MLAPreTrainedModel(MLAPreTrainedModelMixin, Jais2PreTrainedModel):
     config: Jais2MLAConfig
 
 class Jais2MLAModel(MLAModelMixin, Jais2MLAPreTrainedModel, Jais2Model):
@@ -562,7 +563,7 @@ class OlmoMLAConfig(MLAConfigMixin, OlmoConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class OlmoMLAPreTrainedModel(OlmoPreTrainedModel):
+class OlmoMLAPreTrainedModel(MLAPreTrainedModelMixin, OlmoPreTrainedModel):
     config: OlmoMLAConfig
 
 class OlmoMLAModel(MLAModelMixin, OlmoMLAPreTrainedModel, OlmoModel):
@@ -584,7 +585,7 @@ class GraniteMoeMLAConfig(MLAConfigMixin, GraniteMoeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class GraniteMoeMLAPreTrainedModel(GraniteMoePreTrainedModel):
+class GraniteMoeMLAPreTrainedModel(MLAPreTrainedModelMixin, GraniteMoePreTrainedModel):
     config: GraniteMoeMLAConfig
 
 class GraniteMoeMLAModel(MLAModelMixin, GraniteMoeMLAPreTrainedModel, GraniteMoeModel):
@@ -606,7 +607,7 @@ class Phi3MLAConfig(MLAConfigMixin, Phi3Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Phi3MLAPreTrainedModel(Phi3PreTrainedModel):
+class Phi3MLAPreTrainedModel(MLAPreTrainedModelMixin, Phi3PreTrainedModel):
     config: Phi3MLAConfig
 
 class Phi3MLAModel(MLAModelMixin, Phi3MLAPreTrainedModel, Phi3Model):
@@ -628,7 +629,7 @@ class Gemma2MLAConfig(MLAConfigMixin, Gemma2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Gemma2MLAPreTrainedModel(Gemma2PreTrainedModel):
+class Gemma2MLAPreTrainedModel(MLAPreTrainedModelMixin, Gemma2PreTrainedModel):
     config: Gemma2MLAConfig
 
 class Gemma2MLAModel(MLAModelMixin, Gemma2MLAPreTrainedModel, Gemma2Model):
@@ -650,7 +651,7 @@ class Gemma3TextMLAConfig(MLAConfigMixin, Gemma3TextConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Gemma3TextMLAPreTrainedModel(Gemma3PreTrainedModel):
+class Gemma3TextMLAPreTrainedModel(MLAPreTrainedModelMixin, Gemma3PreTrainedModel):
     config: Gemma3TextMLAConfig
 
 class Gemma3TextMLAModel(MLAModelMixin, Gemma3TextMLAPreTrainedModel, Gemma3TextModel):
@@ -672,7 +673,7 @@ class Olmo2MLAConfig(MLAConfigMixin, Olmo2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Olmo2MLAPreTrainedModel(Olmo2PreTrainedModel):
+class Olmo2MLAPreTrainedModel(MLAPreTrainedModelMixin, Olmo2PreTrainedModel):
     config: Olmo2MLAConfig
 
 class Olmo2MLAModel(MLAModelMixin, Olmo2MLAPreTrainedModel, Olmo2Model):
@@ -694,7 +695,7 @@ class Olmo3MLAConfig(MLAConfigMixin, Olmo3Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Olmo3MLAPreTrainedModel(Olmo3PreTrainedModel):
+class Olmo3MLAPreTrainedModel(MLAPreTrainedModelMixin, Olmo3PreTrainedModel):
     config: Olmo3MLAConfig
 
 class Olmo3MLAModel(MLAModelMixin, Olmo3MLAPreTrainedModel, Olmo3Model):
@@ -716,7 +717,7 @@ class OlmoeMLAConfig(MLAConfigMixin, OlmoeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class OlmoeMLAPreTrainedModel(OlmoePreTrainedModel):
+class OlmoeMLAPreTrainedModel(MLAPreTrainedModelMixin, OlmoePreTrainedModel):
     config: OlmoeMLAConfig
 
 class OlmoeMLAModel(MLAModelMixin, OlmoeMLAPreTrainedModel, OlmoeModel):
@@ -738,7 +739,7 @@ class SmolLM3MLAConfig(MLAConfigMixin, SmolLM3Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class SmolLM3MLAPreTrainedModel(SmolLM3PreTrainedModel):
+class SmolLM3MLAPreTrainedModel(MLAPreTrainedModelMixin, SmolLM3PreTrainedModel):
     config: SmolLM3MLAConfig
 
 class SmolLM3MLAModel(MLAModelMixin, SmolLM3MLAPreTrainedModel, SmolLM3Model):
@@ -760,7 +761,7 @@ class Exaone4MLAConfig(MLAConfigMixin, Exaone4Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Exaone4MLAPreTrainedModel(Exaone4PreTrainedModel):
+class Exaone4MLAPreTrainedModel(MLAPreTrainedModelMixin, Exaone4PreTrainedModel):
     config: Exaone4MLAConfig
 
 class Exaone4MLAModel(MLAModelMixin, Exaone4MLAPreTrainedModel, Exaone4Model):
@@ -782,7 +783,7 @@ class Cohere2MLAConfig(MLAConfigMixin, Cohere2Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Cohere2MLAPreTrainedModel(Cohere2PreTrainedModel):
+class Cohere2MLAPreTrainedModel(MLAPreTrainedModelMixin, Cohere2PreTrainedModel):
     config: Cohere2MLAConfig
 
 class Cohere2MLAModel(MLAModelMixin, Cohere2MLAPreTrainedModel, Cohere2Model):
@@ -804,7 +805,7 @@ class Glm4MoeMLAConfig(MLAConfigMixin, Glm4MoeConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Glm4MoeMLAPreTrainedModel(Glm4MoePreTrainedModel):
+class Glm4MoeMLAPreTrainedModel(MLAPreTrainedModelMixin, Glm4MoePreTrainedModel):
     config: Glm4MoeMLAConfig
 
 class Glm4MoeMLAModel(MLAModelMixin, Glm4MoeMLAPreTrainedModel, Glm4MoeModel):
@@ -826,7 +827,7 @@ class Glm4MLAConfig(MLAConfigMixin, Glm4Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class Glm4MLAPreTrainedModel(Glm4PreTrainedModel):
+class Glm4MLAPreTrainedModel(MLAPreTrainedModelMixin, Glm4PreTrainedModel):
     config: Glm4MLAConfig
 
 class Glm4MLAModel(MLAModelMixin, Glm4MLAPreTrainedModel, Glm4Model):
@@ -848,7 +849,7 @@ class Ministral3MLAConfig(MLAConfigMixin, Ministral3Config):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class Ministral3MLAPreTrainedModel(Ministral3PreTrainedModel):
+class Ministral3MLAPreTrainedModel(MLAPreTrainedModelMixin, Ministral3PreTrainedModel):
     config: Ministral3MLAConfig
 
 class Ministral3MLAModel(MLAModelMixin, Ministral3MLAPreTrainedModel, Ministral3Model):
@@ -870,7 +871,7 @@ class PhiMLAConfig(MLAConfigMixin, PhiConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class PhiMLAPreTrainedModel(PhiPreTrainedModel):
+class PhiMLAPreTrainedModel(MLAPreTrainedModelMixin, PhiPreTrainedModel):
     config: PhiMLAConfig
 
 class PhiMLAModel(MLAModelMixin, PhiMLAPreTrainedModel, PhiModel):
@@ -892,7 +893,7 @@ class StableLmMLAConfig(MLAConfigMixin, StableLmConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class StableLmMLAPreTrainedModel(StableLmPreTrainedModel):
+class StableLmMLAPreTrainedModel(MLAPreTrainedModelMixin, StableLmPreTrainedModel):
     config: StableLmMLAConfig
 
 class StableLmMLAModel(MLAModelMixin, StableLmMLAPreTrainedModel, StableLmModel):
@@ -914,7 +915,7 @@ class GPTNeoXMLAConfig(MLAConfigMixin, GPTNeoXConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class GPTNeoXMLAPreTrainedModel(GPTNeoXPreTrainedModel):
+class GPTNeoXMLAPreTrainedModel(MLAPreTrainedModelMixin, GPTNeoXPreTrainedModel):
     config: GPTNeoXMLAConfig
 
 class GPTNeoXMLAModel(MLAModelMixin, GPTNeoXMLAPreTrainedModel, GPTNeoXModel):
@@ -936,7 +937,7 @@ class NemotronMLAConfig(MLAConfigMixin, NemotronConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class NemotronMLAPreTrainedModel(NemotronPreTrainedModel):
+class NemotronMLAPreTrainedModel(MLAPreTrainedModelMixin, NemotronPreTrainedModel):
     config: NemotronMLAConfig
 
 class NemotronMLAModel(MLAModelMixin, NemotronMLAPreTrainedModel, NemotronModel):
@@ -958,7 +959,7 @@ class CohereMLAConfig(MLAConfigMixin, CohereConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = False
 
-class CohereMLAPreTrainedModel(CoherePreTrainedModel):
+class CohereMLAPreTrainedModel(MLAPreTrainedModelMixin, CoherePreTrainedModel):
     config: CohereMLAConfig
 
 class CohereMLAModel(MLAModelMixin, CohereMLAPreTrainedModel, CohereModel):
@@ -980,7 +981,7 @@ class GptOssMLAConfig(MLAConfigMixin, GptOssConfig):
     base_model_tp_plan: ClassVar
     attention_bias: bool = True
 
-class GptOssMLAPreTrainedModel(GptOssPreTrainedModel):
+class GptOssMLAPreTrainedModel(MLAPreTrainedModelMixin, GptOssPreTrainedModel):
     config: GptOssMLAConfig
 
 class GptOssMLAModel(MLAModelMixin, GptOssMLAPreTrainedModel, GptOssModel):

@@ -213,14 +213,18 @@ class MLAConfigMixin:
     def __post_init__(self: Any, **kwargs: Any) -> None:
         check_mla_dimensions(self)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.head_dim = self.qk_rope_head_dim
         # The expanded keys and values have one head per query head.
-        self.num_key_value_heads = self.num_attention_heads
+        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
         if self.num_key_norms and self.base_model_tp_plan and not self.family.joint_norm:
             self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.head_dim = self.qk_rope_head_dim  # again, where the family computes its own, or has no such field
+        # Again, where the family computes its own, or has no such field.
+        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
+        parameters = self.rope_parameters
+        for rope in [parameters] if "rope_type" in parameters else parameters.values():
+            if "partial_rotary_factor" in rope:  # of a family that does not rotate its whole heads
+                rope["partial_rotary_factor"] = 1.0
 
     def validate_rope(self: Any) -> None:
         """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""

@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import (
@@ -32,7 +33,7 @@ from transformers.modeling_layers import (
 
 from .cache_mla import CACHE_NAME, prepare_latent_cache
 from .configuration_mla import LOCK, Family, config_class, family_of
-from .layer_mla import MLAAttention, rotary_embedding
+from .layer_mla import MLAAttention, MLARMSNorm, rotary_embedding
 from .pages_mla import prepare_latent_pages
 
 
@@ -49,6 +50,15 @@ class LatentCacheGenerationMixin(GenerationMixin):
         """As in Transformers; the pages hold `kv_floats_per_token_per_layer` numbers a token (rounded up to an even one)."""
         prepare = functools.partial(super().init_continuous_batching, *args, **kwargs)
         return prepare_latent_pages(prepare, self, self.config.kv_floats_per_token_per_layer)
+
+
+class MLAPreTrainedModelMixin:
+    """What all models with MLA share."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, MLARMSNorm):  # of Gemma's, which multiply by 1 + w, the library makes every w zero, by the class's name
+            init.ones_(module.weight)
 
 
 class MLAModelMixin:
@@ -136,8 +146,8 @@ class MLAForTokenClassificationMixin(MLAHeadMixin, GenericForTokenClassification
     def add_head(self: Any, config: PreTrainedConfig) -> None:
         """The library's head, dropout of 0.1 included where the configuration names none."""
         self.num_labels = config.num_labels
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((dropout for dropout in given if dropout is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, self.num_labels)
 
 
@@ -175,7 +185,7 @@ def make_models(family: Family) -> dict[str, Any]:
 
     pretrained = make(
         "PreTrainedModel",
-        (own_pretrained,),
+        (MLAPreTrainedModelMixin, own_pretrained),
         f"What all {family.base} models with MLA share.",
         config_class=config_class(family),
         _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
@@ -194,7 +204,8 @@ def make_models(family: Family) -> dict[str, Any]:
         ("ForTokenClassification", (MLAForTokenClassificationMixin, pretrained), "a head that classifies tokens"),
         ("ForQuestionAnswering", (MLAForQuestionAnsweringMixin, pretrained), "a head that finds answers"),
     ):
-        make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder)
+        prefix = own_pretrained.base_model_prefix  # the library's heads have one of their own
+        make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder, base_model_prefix=prefix)
     # A checkpoint keeps what it had for experts, one by one. The library puts together those of models that it has been told of:
     # of others they would be new and random.
     for own, ours in (

@@ -74,7 +74,7 @@ def test_the_configuration_that_travels_registers_itself(vllm, tmp_path):
 
 def test_the_plugin_makes_the_flag_unnecessary(vllm, monkeypatch):
     """vLLM looks up the class of a model in Transformers, where it may not run the checkpoint's code."""
-    names = [f"{family}MLAForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")]
+    names = [f"{family.mla}ForCausalLM" for family in FAMILIES.values() if family.model_type in transformers.CONFIG_MAPPING]
     for name in names:
         monkeypatch.setattr(transformers, name, None, raising=False)
     vllm_mla.register()
