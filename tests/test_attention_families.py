@@ -24,8 +24,10 @@ from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import convert
 from hf_mla_conversion.mathematics.closed_form import convert_attention, mla_config
 from hf_mla_conversion.mathematics.moments import LayerMoments, hooks
-from hf_mla_conversion.source.attention import attention_of, pair_order, projections, read, watch_gradients
+from hf_mla_conversion.source import own_text
+from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, projections, read, watch_gradients
 from hf_mla_conversion.source.families import FAMILIES, ropes
+from hf_mla_conversion.source.loading import head_of
 
 
 class Unrounded(TorchFunctionMode):
@@ -314,3 +316,51 @@ def test_conversion(name, tmp_path):
     converted.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.generate(ids, max_new_tokens=8, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "SmolLM3", "GPTNeoX", "GptOss"])
+def test_own_text_is_what_the_library_generates(name, monkeypatch):
+    monkeypatch.setattr(own_text, "draw", lambda logits, _generator: logits.argmax(-1))
+    monkeypatch.setattr(own_text, "BLOCK", 16)
+    model_type, changes, *_ = EXACT[name]
+    model = make(model_type, changes | {"vocab_size": 4096, "eos_token_id": 4095})
+    ids = own_text.write_text(model, AutoTokenizer.from_pretrained(MODEL), 3, 40, seed=3)
+    for row in ids:
+        expected = model.generate(row[None, :1], max_new_tokens=39, do_sample=False, eos_token_id=None)[0]
+        stop = min([*(row == 1).nonzero().flatten().tolist(), 40])
+        assert row[:stop].tolist() == expected[:stop].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("Gemma2", "pre_feedforward_layernorm"),
+        ("Olmo2", "mlp"),
+        ("Phi3", "post_attention_layernorm"),
+        ("Glm4", "post_attention_layernorm"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_layer_adds_for_its_attention(name, after):
+    model_type, changes, *_ = EXACT[name]
+    model, seen = make(model_type, changes), []
+    layer = model.base_model.layers[0]
+    layer.get_submodule(after).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    layer.register_forward_hook(lambda _module, args, kwargs, _output: seen.append((args[0], kwargs)), with_kwargs=True)
+    model(torch.randint(3, 256, (2, 12)), use_cache=False)
+    stream, (states, call) = seen
+    x, y = attend(layer, states, call)
+    assert len(seen) == 2  # the rest of the layer did not run
+    assert torch.allclose(states + added(layer, y), stream)
+    assert torch.equal(y, attention_of(layer)(hidden_states=x, **call)[0])
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "Phi", "Olmoe"])
+@torch.no_grad()
+def test_what_comes_after_the_decoder(name):
+    model_type, changes, *_ = EXACT[name]
+    model, ids = make(model_type, changes), torch.randint(3, 256, (2, 12))
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    expected = model(ids, use_cache=False).logits
+    assert torch.equal(head_of(model)(states[1]), expected[1])
+    assert torch.equal(model(ids, use_cache=False).logits, expected)

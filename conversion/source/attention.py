@@ -172,6 +172,15 @@ def watch_gradients(
     return [watch(value, values), watch(key, keys) if norm is None else norm.register_forward_hook(hook)]
 
 
+def added(layer: Any, output: Tensor) -> Tensor:
+    """What a layer adds to the residual stream for an output of its attention: in some families normed, in some multiplied."""
+    if hasattr(layer, "post_self_attn_layernorm"):
+        return layer.post_self_attn_layernorm(output)
+    if hasattr(layer, "post_feedforward_layernorm"):  # else the norm of that name is the one before the MLP
+        return layer.post_attention_layernorm(output)
+    return output * layer.residual_multiplier if hasattr(layer, "residual_multiplier") else output
+
+
 class Caught(Exception):  # noqa: N818 - no error
     """What ends a layer's forward pass when its attention has been computed."""
 

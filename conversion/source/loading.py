@@ -1,14 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models, devices and processes, each there as asked for or refused in one line."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
 from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
 from .matching import experts_option, match_model
+
+
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """All that a causal language model does after its decoder, multipliers and caps included: [tokens, D] -> [.., vocabulary]."""
+    decoder = model.get_decoder()
+
+    def head(states: Tensor) -> Tensor:
+        own = vars(decoder).get("forward")
+        decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states.unsqueeze(0))
+        try:
+            return model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=states.device), use_cache=False).logits.squeeze(0)
+        finally:
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
+
+    return head
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
