@@ -2,18 +2,24 @@
 
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import VALIDATION, make_source
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_mla_conversion import convert, heal, info, plan, verify
-from hf_mla_conversion.errors import UserError
+from hf_mla.configuration_mla import FAMILIES as TABLE
+from hf_mla.configuration_mla import config_class
+from hf_mla_conversion import convert, export, heal, info, plan, verify
 from hf_mla_conversion.mathematics.distill import Healing
+from hf_mla_conversion.output.deepseek import LIKE_DEEPSEEK, possible_exports
 from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.streaming import LayerStream
 
 
 EXPERTS = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}  # the tenth comes after the ninth
@@ -77,7 +83,7 @@ def test_experts_are_kept_loaded_and_saved_as_they_were_stored(pair, tmp_path):
     assert same(converted.model.state_dict(), classifier.model.state_dict())
 
 
-def test_commands_tell_of_experts_as_they_are_stored(pair):
+def test_commands_tell_of_experts_as_they_are_stored(pair, tmp_path):
     source, out, report = pair
     planned = plan(source, kv_lora_rank=16, qk_rope_head_dim=16)
     assert planned.bytes_written == report.bytes_written == open_checkpoint(out).bytes
@@ -86,6 +92,10 @@ def test_commands_tell_of_experts_as_they_are_stored(pair):
     for folder in (source, out):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert info(folder)["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    for refused in (planned.exports, report.exports):
+        assert all("mixture of experts" in reason for reason in refused.values()) and refused.keys() == {"deepseek_v3", "gguf"}
+    assert export(out, str(tmp_path / "exported"), format="deepseek_v3").refused == planned.exports["deepseek_v3"]
+    assert not (tmp_path / "exported").exists()
     verified = verify(out, against=source, text=VALIDATION, tokens=512, device="cpu")
     assert abs(verified.kl) < 1e-6
 
@@ -132,6 +142,52 @@ def test_healing_goes_on_with_the_experts_that_it_has_trained(short, tmp_path, m
     resumed, whole = (heal(out, str(tmp_path / name), learning_rate=1e-2, **options) for name in ("resumed", "whole"))
     first, second = ([entry["perplexity"] for entry in report.history if "perplexity" in entry] for report in (resumed, whole))
     assert first == pytest.approx(second, rel=1e-4)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most that were at a time; what is mapped from files is none."""
+
+    def __init__(self):
+        super().__init__()
+        self.users, self.now, self.peak = {}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            place, size = storage.data_ptr(), storage.nbytes()
+            if place not in self.users and function.is_view:
+                continue
+            self.now += 0 if self.users.get(place) else size
+            self.users[place] = self.users.get(place, 0) + 1
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(tensor, self.drop, place, size)
+        return result
+
+    def drop(self, place, size):
+        self.users[place] -= 1
+        if not self.users[place]:
+            del self.users[place]
+            self.now -= size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_filling_a_layer_takes_little_more_than_the_layer(tmp_path, family):
+    changes = FAMILIES[family] | {"num_experts" if "num_experts" in FAMILIES[family] else "num_local_experts": 64}
+    source = make_source(tmp_path, family, dtype=torch.bfloat16, **changes)
+    stream = LayerStream(open_checkpoint(source), torch.device("cpu"), torch.float32)
+    size = sum(parameter.numel() * 4 for parameter in stream.layers[1].parameters())
+    with LiveBytes() as memory, stream.layer(1):
+        pass
+    assert size <= memory.peak < 1.1 * size
+
+
+@pytest.mark.parametrize("name", [name for name, family in TABLE.items() if family.mla_type not in LIKE_DEEPSEEK])
+def test_a_family_that_is_not_known_to_fit_is_not_exported(name):
+    reasons = possible_exports(config_class(TABLE[name])())
+    assert all(reason and "\n" not in reason for reason in reasons.values())
 
 
 WITHOUT_HF_MLA = """

@@ -196,7 +196,7 @@ def memory_estimate(checkpoint: ModelCheckpoint, size: tuple[int, int], tokens: 
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     queries, keys_values = heads * head_dim, 2 * kv_heads(config) * head_dim
     rank, rope_dim = size
-    layer, assembled = largest_layer(checkpoint)
+    layer = largest_layer(checkpoint)
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
     window = min(scale.window, config.max_position_embeddings)
@@ -209,20 +209,20 @@ def memory_estimate(checkpoint: ModelCheckpoint, size: tuple[int, int], tokens: 
     closed_form = 8 * (6 * keys_values**2 + 6 * hidden**2 + 4 * queries**2 + 8 * (queries + keys_values) * hidden + 3 * mla)
     return LIBRARIES + max(
         table * width + HEAD_TOKENS * config.vocab_size * 16,
-        tokens * hidden * width + layer * width + max(fitting, closed_form, assembled * width),
+        tokens * hidden * width + layer * width + max(fitting, closed_form),
         layer * width + batch * original * width,
     )
 
 
-def largest_layer(checkpoint: ModelCheckpoint) -> tuple[int, int]:
-    """Numbers in the largest layer, and in the largest tensor that is put together, whose pieces are there beside it."""
+def largest_layer(checkpoint: ModelCheckpoint) -> int:
+    """Numbers in the largest layer: some have experts, and the first may have none."""
     layers: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
         place, _, inside = name.partition(".layers.")
         if inside:
             layer = f"{place}.{inside.split('.')[0]}"
             layers[layer] = layers.get(layer, 0) + tensor.parameters
-    return max(layers.values()), max((checkpoint.tensors[name].parameters for name in checkpoint.assembled), default=0)
+    return max(layers.values())
 
 
 def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, own: int = 0) -> int:

@@ -69,27 +69,45 @@ class ModelCheckpoint(Checkpoint):
         attention = tuple(FAMILIES[self.config.model_type].attention.format(layer=layer) for layer in layers)
         return {name: part for name, part in self.written.items() if not name.startswith(attention)}
 
-    @property
-    def assembled(self) -> list[str]:
-        """The tensors that are stored in pieces or another layout, such as the experts of a layer."""
-        return [name for name in self.tensors if self.parts[name][0].pattern is not None]
-
     def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
         """Read some tensors, or put them together; see `Checkpoint.load`."""
         whole = {name: self.parts[name][0].name for name in names if self.parts[name][0].pattern is None}
         read = self.stored.load(list(whole.values()), device, dtype)
-        # Largest first: its pieces are in memory beside it, and nothing else should be.
-        pieces = sorted((name for name in names if name not in whole), key=lambda name: -self.tensors[name].parameters)
-        made = {name: self.assemble(name, device, dtype) for name in pieces}
+        made = {name: self.assemble(name, device, dtype) for name in names if name not in whole}
         return made | {name: read[part] for name, part in whole.items()}
 
     def assemble(self, name: str, device: Any, dtype: Any) -> "Tensor":
-        """Put a tensor together."""
-        converter = copy.deepcopy(self.converters[str(self.parts[name][0].pattern)])
-        for part in self.parts[name]:
-            converter.add_tensor(name, part.name, part.pattern, self.stored.load([part.name], device, dtype)[part.name])
+        """Put a tensor together; of experts, one after the other, so that the pieces of one at a time are in memory beside it."""
+        parts = self.parts[name]
+        if not stacks(self.converters[str(parts[0].pattern)]):
+            return self.convert(name, parts, device, dtype)
+        pieces: dict[str | None, Parts] = {}
+        for part in parts:
+            pieces.setdefault(part.pattern, []).append(part)
+        first, *others = zip(*pieces.values(), strict=True)
+        expert = self.convert(name, list(first), device, dtype)
+        whole = expert.new_empty(1 + len(others), *expert.shape[1:])
+        whole[0] = expert[0]
+        for row, group in zip(whole[1:], others, strict=True):
+            row.copy_(self.convert(name, list(group), device, dtype)[0])
+        return whole
+
+    def convert(self, name: str, parts: Parts, device: Any, dtype: Any) -> "Tensor":
+        """Have the library make a tensor of pieces."""
+        converter = copy.deepcopy(self.converters[str(parts[0].pattern)])
+        read = self.stored.load([part.name for part in parts], device, dtype)
+        for part in parts:
+            converter.add_tensor(name, part.name, part.pattern, read.pop(part.name))
         made = converter.convert(name, model=self.model, config=self.config)[name]
         return made[0] if isinstance(made, list) else made
+
+
+def stacks(converter: Any) -> bool:
+    """Whether a converter of the library makes each slice of the first dimension of one piece of each kind: an expert."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = converter.operations
+    return isinstance(first, MergeModulelist) and first.dim == 0 and all(isinstance(o, Concatenate) and o.dim > 0 for o in others)
 
 
 def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
