@@ -380,7 +380,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         on_cpu: whether vLLM runs on a CPU, where its kernel is made for one size.
 
     Raises:
-        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms or a sliding window.
+        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms, a sliding window, sinks or a cap on scores.
     """
     rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
     expanded = "or set VLLM_MLA_DISABLE=1, which is right but caches the keys and values of all heads"
@@ -389,6 +389,11 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
             f"kv_lora_rank + qk_rope_head_dim is {rank} + {rope_dim}; vLLM caches latents of "
             f"{'512 + 64 on a CPU' if on_cpu else '320, 512 or 576 numbers in all'}. "
             f"Convert to 512 + 64, or pad to that (hf-mla export --format deepseek_v3 --pad engine), {expanded}."
+        )
+    if config.family.sinks or getattr(config, "attn_logit_softcapping", None) is not None:
+        what = "sinks" if config.family.sinks else "a cap on scores (attn_logit_softcapping)"
+        raise NotImplementedError(
+            f"the attention has {what}, which vLLM is not known to keep over latents. Generate with Transformers."
         )
     if config.num_key_norms:
         raise NotImplementedError(

@@ -57,7 +57,9 @@ class MLAPreTrainedModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, MLARMSNorm):  # of Gemma's, which multiply by 1 + w, the library makes every w zero, by the class's name
+        if isinstance(
+            module, MLARMSNorm
+        ):  # of Gemma's, which multiply by 1 + w, the library makes every w zero, by the class's name
             init.ones_(module.weight)
 
 
@@ -65,6 +67,7 @@ class MLAModelMixin:
     """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
 
     layers: Any
+    rotary_emb: Any
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_mla, run_apart
+from families import EXACT, FAMILIES, KNOWN
 from stub import STUB, stub
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -97,6 +98,14 @@ def test_whole_models_are_pickled(tmp_path):
     assert type(again) is type(model) and torch.equal(again(ids).logits, model(ids).logits)
     assert type(AutoModel.from_config(again.config)) is hf_mla.Qwen3MLAModel
     assert type(AutoConfig.for_model("qwen3_mla")) is hf_mla.Qwen3MLAConfig
+
+
+def test_every_family_has_its_proof_and_its_row_in_the_docs():
+    """A tiny model that goes through the whole pipeline, a well-known checkpoint, and its number in what users read."""
+    assert {model_type for name, (model_type, *_) in EXACT.items() if "," not in name} == set(KNOWN) == set(FAMILIES)
+    root = Path(hf_mla.__file__).parent.parent
+    assert all(f"| `{model_type}` |" in (root / "docs" / "families.md").read_text() for model_type in FAMILIES)
+    assert (root / "README.md").read_text().count(f"{len(FAMILIES)} model types") == 2
 
 
 def test_editors_know_the_classes_of_the_table():

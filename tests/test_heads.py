@@ -14,7 +14,8 @@ import hf_mla
 
 
 FAMILIES = {"Llama": {}, "Mistral": {"sliding_window": 8}, "Qwen2": {"classifier_dropout": 0.0}, "Qwen3": {"num_key_norms": 2}}
-OTHERS = {  # of which each has something of its own: experts, norms that multiply by 1 + w, another name for its dropout or its decoder
+# Of which each has something of its own: experts, norms that multiply by 1 + w, another name for its dropout or its decoder.
+OTHERS = {
     "Mixtral": {"num_local_experts": 4},
     "Gemma": {"tie_word_embeddings": False},
     "StableLm": {"hidden_dropout": 0.2},
@@ -96,12 +97,13 @@ def test_every_head_loads_from_a_language_model(family, tmp_path):
     source = make_mla(family, **(FAMILIES | OTHERS)[family])
     source.save_pretrained(tmp_path)
     decoder = f"{source.base_model_prefix}."
+    head_of_source = {name for name in load_file(tmp_path / "model.safetensors") if not name.startswith(decoder)}
     for head in LABELS:
         auto_class = getattr(transformers, f"AutoModel{head}")
         model, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert type(model) is getattr(hf_mla, f"{family}MLA{head}")
         assert set(report["missing_keys"]) == {name for name in model.state_dict() if not name.startswith(decoder)}
-        assert set(report["unexpected_keys"]) == {name for name in load_file(tmp_path / "model.safetensors") if not name.startswith(decoder)}
+        assert set(report["unexpected_keys"]) == head_of_source
         for name, weight in source.base_model.state_dict().items():
             assert torch.equal(model.base_model.state_dict()[name], weight), name
 
