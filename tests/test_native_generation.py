@@ -139,7 +139,8 @@ def test_offloaded_caches(name, static, monkeypatch):
     else:
         before, model = (copy.deepcopy(each).cuda() for each in (before, model))
         if not static and "index_topk" in vars(model.config.get_text_config()):
-            with pytest.raises(RuntimeError, match="same device"):  # the library offloads an indexer's keys before it appends to them
+            # The library offloads an indexer's keys before it appends to them.
+            with pytest.raises(RuntimeError, match="same device"):
                 greedy(before, cache_implementation="offloaded", disable_compile=True)
             return
     kind = "static" if static else "dynamic"
