@@ -60,6 +60,7 @@ class MLAModelMixin:
     """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
 
     layers: Any
+    rotary_emb: Any
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:

