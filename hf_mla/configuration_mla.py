@@ -358,7 +358,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         on_cpu: whether vLLM runs on a CPU, where its kernel is made for one size.
 
     Raises:
-        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms or a sliding window.
+        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms, sinks, capped scores or a sliding window.
     """
     rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
     expanded = "or set VLLM_MLA_DISABLE=1, which is right but caches the keys and values of all heads"
@@ -372,6 +372,8 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         raise NotImplementedError(
             f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
         )
+    if config.family.sinks or getattr(config, "attn_logit_softcapping", None) is not None:
+        raise NotImplementedError(f"{config.model_type} has sinks or caps its scores; vLLM's attention over latents does neither.")
     if slides(config):
         raise NotImplementedError(
             f"sliding_window is {config.sliding_window}; vLLM attends to all latents. Serve only what fits in the window "
