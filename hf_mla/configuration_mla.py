@@ -63,6 +63,8 @@ class Family:
     """Whether a layer has RoPE, by a configuration, converted or not, and the layer's number."""
     llama_rotary: bool = False
     """Whether it lays out cosines and sines in a way of its own; with MLA it takes Llama's, which are half-split."""
+    softcap: bool = False
+    """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older versions of the library take it."""
     sinks: bool = False
     """Whether every head attends to a token of a score of its own, too, whose value is zero."""
 
@@ -93,7 +95,7 @@ FAMILIES = {
         Family("qwen2", "Qwen2", biases=("q", "k", "v")),
         Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
         Family("phi3", "Phi3"),
-        Family("gemma2", "Gemma2", bias_option=True),
+        Family("gemma2", "Gemma2", bias_option=True, softcap=True),
         Family("gemma3_text", "Gemma3Text", bias_option=True, qk_norm=True, unit_offset=True),
         Family("olmo2", "Olmo2", bias_option=True, qk_norm=True, joint_norm=True),
         Family("olmo3", "Olmo3", bias_option=True, qk_norm=True, joint_norm=True),
@@ -372,7 +374,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         raise NotImplementedError(
             f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
         )
-    if config.family.sinks or getattr(config, "attn_logit_softcapping", None) is not None:
+    if config.family.sinks or config.family.softcap:
         raise NotImplementedError(f"{config.model_type} has sinks or caps its scores; vLLM's attention over latents does neither.")
     if slides(config):
         raise NotImplementedError(

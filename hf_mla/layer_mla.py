@@ -97,7 +97,7 @@ class MLAAttention(nn.Module):
         self.sliding_window = window_of(config, layer_idx)
         self.rotates = rotates(config, layer_idx)
         self.eager = own_eager(config)
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.softcap = config.attn_logit_softcapping if config.family.softcap else None
         self.num_key_norms = config.num_key_norms
         self.key_norm_width = config.key_norm_width or config.qk_nope_head_dim
         self.query_norm_dims = -1 if config.key_norm_width is None else (1, 3)  # of [B, H, T, N]

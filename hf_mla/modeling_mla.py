@@ -180,6 +180,7 @@ def make_models(family: Family) -> dict[str, Any]:
         (MLAPreTrainedModelMixin, own_pretrained),
         f"What all {family.base} models with MLA share.",
         config_class=config_class(family),
+        _supports_sdpa=own_pretrained._supports_sdpa and not family.softcap,
         _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
     )
     decoder = make("Model", (MLAModelMixin, pretrained, own_decoder), f"The decoder of {family.base} without a head.")

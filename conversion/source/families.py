@@ -51,6 +51,11 @@ def rotary_width(config: Any) -> int:
     return int(source_head_dim(config) * next(iter(ropes(config).values())).get("partial_rotary_factor", 1.0))
 
 
+def caps_scores(config: Any) -> bool:
+    """Whether a source's scores are capped, which SDPA leaves out."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].softcap
+
+
 def biased_projections(config: Any) -> tuple[str, ...]:
     """Which of the projections q, k, v, o of a source have a bias."""
     family = FAMILIES[config.model_type]

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
 from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
+from .families import caps_scores
 from .matching import match_model
 
 
@@ -76,7 +77,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     if dtype == "auto":
         dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
-    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    if caps_scores(checkpoint.config):
+        options["attn_implementation"] = "eager"
     try:
         loaded: Any
         if isinstance(checkpoint.stored, GGUFCheckpoint):
