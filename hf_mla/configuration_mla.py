@@ -64,7 +64,7 @@ class Family:
     llama_rotary: bool = False
     """Whether it lays out cosines and sines in a way of its own; with MLA it takes Llama's, which are half-split."""
     softcap: bool = False
-    """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older versions of the library take it."""
+    """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older ones of the library use it."""
     sinks: bool = False
     """Whether every head attends to a token of a score of its own, too, whose value is zero."""
 

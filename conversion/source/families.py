@@ -13,7 +13,7 @@ from ..errors import UserError
 
 QK_NORM_VARIANTS = ("exact", "fold")
 
-# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `rope.narrowed`.
+# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `ladder.narrowed`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
