@@ -28,7 +28,7 @@ from hf_mla_conversion.mathematics.distill import DistillationTrainer
 from hf_mla_conversion.mathematics.moments import LayerMoments, hooks
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, projections, read, watch_gradients
-from hf_mla_conversion.source.families import FAMILIES, ropes
+from hf_mla_conversion.source.families import FAMILIES, refusal, ropes
 from hf_mla_conversion.source.loading import head_of
 
 
@@ -350,3 +350,15 @@ def test_the_loss_of_a_training_is_of_logits_as_they_are_predicted(name, tmp_pat
     ours, theirs = (logits.flatten(0, 1).log_softmax(-1) for logits in (ours, theirs))
     expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
     assert torch.allclose(trainer.compute_loss(student.train(), {"input_ids": ids}).double(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv is 3.0"),
+        ("phi", {"qk_layernorm": True}, "the norm's bias is added"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes its base"),
+    ],
+)
+def test_what_is_only_approximate_is_refused(model_type, changes, reason):
+    assert reason in refusal(AutoConfig.for_model(model_type, **changes))
