@@ -63,6 +63,8 @@ class Family:
     """Whether a layer has RoPE, by a configuration, converted or not, and the layer's number."""
     llama_rotary: bool = False
     """Whether it lays out cosines and sines in a way of its own; with MLA it takes Llama's, which are half-split."""
+    softcap: bool = False
+    """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older ones of the library use it."""
     sinks: bool = False
     """Whether every head attends to a token of a score of its own, too, whose value is zero."""
 
@@ -111,7 +113,7 @@ FAMILIES = {
         Family("olmo", "Olmo", bias_options=OPTION),
         Family("granitemoe", "GraniteMoe", bias_options=OPTION),
         Family("phi3", "Phi3"),
-        Family("gemma2", "Gemma2", bias_options=OPTION),
+        Family("gemma2", "Gemma2", bias_options=OPTION, softcap=True),
         Family("gemma3_text", "Gemma3Text", bias_options=OPTION, qk_norm=True, unit_offset=True),
         Family("olmo2", "Olmo2", bias_options=OPTION, qk_norm=True, joint_norm=True),
         Family("olmo3", "Olmo3", bias_options=OPTION, qk_norm=True, joint_norm=True),
@@ -380,7 +382,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         on_cpu: whether vLLM runs on a CPU, where its kernel is made for one size.
 
     Raises:
-        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms, a sliding window, sinks or a cap on scores.
+        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms, sinks, capped scores or a sliding window.
     """
     rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
     expanded = "or set VLLM_MLA_DISABLE=1, which is right but caches the keys and values of all heads"
@@ -390,15 +392,12 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
             f"{'512 + 64 on a CPU' if on_cpu else '320, 512 or 576 numbers in all'}. "
             f"Convert to 512 + 64, or pad to that (hf-mla export --format deepseek_v3 --pad engine), {expanded}."
         )
-    if config.family.sinks or getattr(config, "attn_logit_softcapping", None) is not None:
-        what = "sinks" if config.family.sinks else "a cap on scores (attn_logit_softcapping)"
-        raise NotImplementedError(
-            f"the attention has {what}, which vLLM is not known to keep over latents. Generate with Transformers."
-        )
     if config.num_key_norms:
         raise NotImplementedError(
             f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
         )
+    if config.family.sinks or config.family.softcap:
+        raise NotImplementedError(f"{config.model_type} has sinks or caps its scores; vLLM's attention over latents does neither.")
     if slides(config):
         raise NotImplementedError(
             f"sliding_window is {config.sliding_window}; vLLM attends to all latents. Serve only what fits in the window "

@@ -35,13 +35,13 @@ def inverse_rms(hidden_states: torch.Tensor, eps: float, dims: int | tuple[int, 
     return torch.rsqrt(hidden_states.pow(2).mean(dims, keepdim=True) + eps)
 
 
-def own_eager(config: PreTrainedConfig) -> Callable[..., Any]:
+def own_eager(config: Any) -> Callable[..., Any]:
     """The library's eager attention of a family: that of its own file knows of caps and sinks."""
     modeling = CONFIG_MAPPING[config.family.model_type].__module__.replace(".configuration_", ".modeling_")
     return importlib.import_module(modeling).eager_attention_forward
 
 
-def rotary_embedding(config: PreTrainedConfig, own: Any) -> nn.Module:
+def rotary_embedding(config: Any, own: Any) -> nn.Module:
     """The rotary embedding of a model with MLA, given the class of its family's own."""
     return LlamaRotaryEmbedding(config) if config.family.llama_rotary else own(config)
 
@@ -97,11 +97,11 @@ class MLAAttention(nn.Module):
         self.sliding_window = window_of(config, layer_idx)
         self.rotates = rotates(config, layer_idx)
         self.eager = own_eager(config)
-        self.softcap = getattr(config, "attn_logit_softcapping", None)
+        self.softcap = config.attn_logit_softcapping if config.family.softcap else None
         self.num_key_norms = config.num_key_norms
         self.key_norm_width = config.key_norm_width or config.qk_nope_head_dim
         self.query_norm_dims = -1 if config.key_norm_width is None else (1, 3)  # of [B, H, T, N]
-        self.qk_norm_eps = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None)
+        self.qk_norm_eps: Any = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None)
         self.query_growth = config.rope_parameters.get("llama_4_scaling_beta")
 
         heads, hidden_size, bias = config.num_attention_heads, config.hidden_size, config.attention_bias

@@ -30,8 +30,10 @@ class Unrounded(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if function is torch.Tensor.float:
+            return args[0].double()
         if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
-            if function is torch.Tensor.float or (function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args):
+            if function in (torch.Tensor.to, torch.Tensor.type) and torch.float32 in args:
                 return args[0]
             if kwargs.get("dtype") is torch.float32:
                 kwargs = kwargs | {"dtype": torch.float64}
@@ -136,7 +138,8 @@ def make(model_type, changes, mix=True):
     """A random model of the library in float64; `mix`: all key heads are mixes of the first."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
-    model = AutoModelForCausalLM.from_config(config).double().eval()
+    attention = {"attn_implementation": "eager"} if FAMILIES[model_type].softcap else {}
+    model = AutoModelForCausalLM.from_config(config, **attention).double().eval()
     for name, parameter in model.named_parameters():
         parameter.data.normal_(std=0.02 if "norm" in name else 0.25)
         if "norm" in name and name.endswith("weight") and not FAMILIES[model_type].unit_offset:
@@ -299,7 +302,7 @@ def limits(model_type):
 def in_general(reason, model_type):
     """A reason without the numbers of one checkpoint and the name of one family."""
     reason = reason.replace(f" ({model_type}_mla)", "")
-    reason = reason.replace(f"'{model_type}_mla'", "this family")
+    reason = reason.replace(f"'{model_type}_mla'", "this family").replace(f"{model_type}_mla has", "this family has")
     return re.sub(r"(is|over|by|of|len) [\d,]+(?=[; )]| more)", r"\1 N", reason)
 
 

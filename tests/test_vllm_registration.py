@@ -101,8 +101,8 @@ WINDOW = r"sliding_window is 16; .*\{\"sliding_window\": null\}' --max-model-len
         ("Llama", {"kv_lora_rank": 128, "qk_rope_head_dim": 32}, False, "is 128 [+] 32; .* 320, 512 or 576 numbers"),
         ("Qwen3", {"num_key_norms": 2}, True, "num_key_norms is 2; .*--qk-norm fold, or set VLLM_MLA_DISABLE=1"),
         ("Mistral", {"sliding_window": 16}, True, WINDOW),
-        ("Gemma2", {}, True, "a cap on scores [(]attn_logit_softcapping[)], which vLLM is not known to keep"),
-        ("GptOss", {}, True, "sinks, which vLLM is not known to keep"),
+        ("Gemma2", {}, True, "gemma2_mla has sinks or caps its scores"),
+        ("GptOss", {}, True, "gpt_oss_mla has sinks or caps its scores"),
         (
             "Qwen2",
             {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},

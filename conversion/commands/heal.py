@@ -220,7 +220,11 @@ def trained_parameters(checkpoint: ModelCheckpoint, train: str, lora_rank: int) 
     tensors = checkpoint.tensors
     if train == "lora":
         return sum(lora_rank * sum(shape) for shape in linear_shapes(checkpoint))
-    return sum(tensor.parameters for name, tensor in tensors.items() if train == "all" or ".self_attn." in name)
+    return sum(
+        tensor.parameters
+        for name, tensor in tensors.items()
+        if train == "all" or f".{checkpoint.config.family.attention_name}." in name
+    )
 
 
 def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:

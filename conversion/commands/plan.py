@@ -12,7 +12,7 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from ..source.families import has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
 from ..source.matching import ModelCheckpoint, match_model
 
@@ -243,7 +243,8 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     surveyed = min(tokens, max(4 * window, SURVEY_TOKENS))
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
     moments = 2 * 8 * (kv_heads(config) * source_head_dim(config)) ** 2  # of keys and of values, in float64
-    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
+    inside = f".{FAMILIES[config.model_type].attention_name}."
+    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if inside in name)
     layers = bytes_written * attention // checkpoint.parameters
     return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 

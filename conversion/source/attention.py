@@ -129,7 +129,7 @@ def read(attention: Any, like: Tensor) -> Attention:
         *(query, key, value, read_norm(attention, "q", like), read_norm(attention, "k", like)),
         output=attention.o_proj if hasattr(attention, "o_proj") else attention.dense,
         sinks=getattr(attention, "sinks", None),
-        softcap=getattr(config, "attn_logit_softcapping", None),
+        softcap=config.attn_logit_softcapping if FAMILIES[config.model_type].softcap else None,
         scaling=attention.scaling,
         rotary=rotary_width(config),
         factor=rope_factor(config, layer_type(config, layer_idx)) if rotates(config, layer_idx) else 1.0,

@@ -13,7 +13,7 @@ from ..errors import UserError
 
 QK_NORM_VARIANTS = ("exact", "fold")
 
-# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `rope.narrowed`.
+# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `ladder.narrowed`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -60,6 +60,11 @@ def mlp_width(config: Any) -> int:
     shared = getattr(config, "n_shared_experts", 0) or 0
     beside = shared * getattr(config, "moe_intermediate_size", 0) + getattr(config, "shared_expert_intermediate_size", 0)
     return max(config.intermediate_size, routed + beside)
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether a source's scores are capped, which SDPA leaves out."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].softcap
 
 
 def has_biases(config: Any) -> bool:

@@ -190,6 +190,10 @@ class GGUFFile:
             return found
         if kind in ("none", "default") and factor in (None, 0.0, 1.0):
             return {"rope_type": "default", "rope_theta": theta}
+        if kind not in ("none", "default", "linear"):
+            raise UserError(
+                f"{self.source}: rope type {kind!r} is not supported in .gguf files; supported: default, linear, llama3"
+            )
         return {
             "rope_type": "linear" if kind in ("none", "default") else kind,
             "rope_theta": theta,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError, brief
 from .checkpoint import ITEMSIZE, Checkpoint
-from .families import FAMILIES
+from .families import FAMILIES, caps_scores
 
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
-        attention = "sdpa" if kind._supports_sdpa else "eager"
+        attention = "sdpa" if kind._supports_sdpa and not caps_scores(checkpoint.config) else "eager"
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
                 copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention, **experts_option(dtype)

@@ -25,6 +25,7 @@ from ..mathematics.closed_form import keep_closed_form, make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
+from ..source.attention import attention_of
 from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
 from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
@@ -38,6 +39,7 @@ MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the res
 EVALUATIONS = 20
 TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
+MOST_WRITTEN = 1 << 23  # tokens of own text; writing one takes as long as training on two
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
 
 
@@ -224,8 +226,8 @@ def disk_estimate(model: int, trained: int) -> int:
 
 def prepare(student: Any, training: Training) -> Any:
     """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
-    for layer in student.model.layers:
-        make_trainable(layer.self_attn)
+    for layer in student.get_decoder().layers:
+        make_trainable(attention_of(layer))
     if training.what == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -234,7 +236,7 @@ def prepare(student: Any, training: Training) -> Any:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(student, config)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(training.what == "all" or ".self_attn." in name)
+        parameter.requires_grad_(training.what == "all" or f".{student.config.family.attention_name}." in name)
     return student
 
 
@@ -302,9 +304,10 @@ def write_trained(checkpoint: ModelCheckpoint, folder: Path, training: Training)
     assert not unexpected and not {name for name, p in trained.named_parameters() if p.requires_grad} & set(missing)
     if training.what == "lora":
         trained = trained.merge_and_unload()
-    for layer in trained.model.layers:
-        if layer.self_attn.kv_a_layernorm.variance_epsilon != trained.config.kv_a_layernorm_eps:  # see `make_trainable`
-            keep_closed_form(layer.self_attn, trained.config.kv_a_layernorm_eps)
+    for layer in trained.get_decoder().layers:
+        attention = attention_of(layer)
+        if attention.kv_a_layernorm.variance_epsilon != trained.config.kv_a_layernorm_eps:  # see `make_trainable`
+            keep_closed_form(attention, trained.config.kv_a_layernorm_eps)
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
