@@ -156,6 +156,7 @@ def absorb_if_cheaper(
     packed: bool = False,
     attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     """`absorbed_attention` of a module, in a kernel where there is one, if that is possible and the cheaper way.
 
@@ -171,15 +172,17 @@ def absorb_if_cheaper(
         packed: likewise.
         attended_ranges: for the layers of one forward pass to share: what part of the tokens each mask lets the kernel read.
         sinks: as for `absorbed_attention`.
+        softcap: likewise.
 
     Returns:
         What `absorbed_attention` does; None where keys and values are to be formed.
     """
     batch, _, tokens, _ = query_nope.shape
-    # The eager attention is asked for where weights are wanted, which a kernel does not have; models with sinks know no other.
+    # The eager attention is asked for where weights are wanted, which a kernel does not have; models with sinks or caps
+    # know no other.
     in_kernel = runs_in_kernel(
         *(query_nope, latent, attention_mask, attention.kv_lora_rank, attention.qk_rope_head_dim, packed)
-    ) and (sinks is not None or not attention.config._attn_implementation.endswith("eager"))
+    ) and (sinks is not None or softcap is not None or not attention.config._attn_implementation.endswith("eager"))
     if not should_absorb(attention, batch, tokens, latent.shape[2], attention_mask, in_kernel):
         return None
     given: Any = attention_mask  # one object for all layers alike, and alive as long as it is a key
@@ -199,6 +202,7 @@ def absorb_if_cheaper(
         packed=packed,
         attended=attended,
         sinks=sinks,
+        softcap=softcap,
     )
 
 
@@ -215,6 +219,7 @@ def absorbed_attention(
     packed: bool = False,
     attended: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of T new tokens over S latents; no key or value of a cached token is ever formed.
 
@@ -234,6 +239,7 @@ def absorbed_attention(
             attends to a part of the S, which an additive mask says.
         attended: int32 [B, 3], what the kernel's `attended_range` says of the mask, if it was asked before.
         sinks: [H], scores of a token that every token attends to and whose value is zero.
+        softcap: c, if the scores x are to be capped as c * tanh(x / c).
 
     Returns:
         The output [B, T, H, V] and the attention weights [B, H, T, S], or None where a kernel did the work, which has none.
@@ -258,7 +264,9 @@ def absorbed_attention(
             rest = None if rest is None else rest.expand(tokens, -1, -1, -1)
         codes, beside = (latent, rest) if rest is not None else latent.tensor_split([rank], dim=-1)
         tensors = query, codes[:, 0], beside[:, 0]
-        context = latent_decode(*tensors, rank, scaling, attention_mask, attended, num_key_norms, sinks=sinks)
+        context = latent_decode(
+            *tensors, rank, scaling, attention_mask, attended, num_key_norms, softcap=softcap or 0.0, sinks=sinks
+        )
     else:
         if rest is not None and is_quantized(latent):
             latent, rest = dequantize(latent, rest), None
@@ -274,6 +282,8 @@ def absorbed_attention(
             key_norms = latent[..., rank + rope_dim :].transpose(1, 2)  # [B, g, S]
             scores = scores.unflatten(1, (num_key_norms, -1)) * key_norms.unsqueeze(2)  # [B, g, H / g * T, S]
         scores = scores.view(batch, heads, tokens, -1)  # [B, H, T, S]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         if attention_mask is not None:
             if attention_mask.dtype == torch.bool:
                 scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)

@@ -47,12 +47,34 @@ class Family:
     """What the names of its classes in Transformers begin with."""
     attention: str = "model.layers.{layer}.self_attn."
     """Where the attention tensors of a layer live."""
-    biases: tuple[str, ...] = ()
-    """Projections (of q, k, v, o) that always have a bias."""
-    bias_option: bool = False
-    """Whether `attention_bias` in the configuration gives all four projections a bias."""
+    biased: bool = False
+    """Whether projections of the attention, some at least, always have a bias."""
+    bias_options: tuple[str, ...] = ()
+    """Options of the configuration that give them one."""
     qk_norm: bool = False
     """Whether each head's query and key pass an RMSNorm (`q_norm`, `k_norm`) before RoPE."""
+    joint_norm: bool = False
+    """Whether that is one over all heads together."""
+    unit_offset: bool = False
+    """Whether it multiplies by 1 + w, not w."""
+    interleaved: bool = False
+    """Whether the numbers of a rotary pair are neighbours, and not half the rotary width apart."""
+    rotates: Callable[[Any, int], bool] = lambda config, layer_idx: True
+    """Whether a layer has RoPE, by a configuration, converted or not, and the layer's number."""
+    llama_rotary: bool = False
+    """Whether it lays out cosines and sines in a way of its own; with MLA it takes Llama's, which are half-split."""
+    softcap: bool = False
+    """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older ones of the library use it."""
+    sinks: bool = False
+    """Whether every head attends to a token of a score of its own, too, whose value is zero."""
+
+    head_bias: bool = False
+    """Whether the head that predicts tokens has a bias."""
+
+    @property
+    def attention_name(self) -> str:
+        """What a layer calls its attention."""
+        return self.attention.split(".")[-2]
 
     @property
     def mla(self) -> str:
@@ -65,13 +87,61 @@ class Family:
         return f"{self.model_type}_mla"
 
 
+OPTION = ("attention_bias",)  # what most call it
+
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", bias_option=True),
+        Family("llama", "Llama", bias_options=OPTION),
         Family("mistral", "Mistral"),
-        Family("qwen2", "Qwen2", biases=("q", "k", "v")),
-        Family("qwen3", "Qwen3", bias_option=True, qk_norm=True),
+        Family("qwen2", "Qwen2", biased=True),
+        Family("qwen3", "Qwen3", bias_options=OPTION, qk_norm=True),
+        Family("mixtral", "Mixtral"),
+        Family("qwen2_moe", "Qwen2Moe", bias_options=("qkv_bias",)),
+        Family("qwen3_moe", "Qwen3Moe", bias_options=OPTION, qk_norm=True),
+        Family("granite", "Granite", bias_options=OPTION),
+        Family("starcoder2", "Starcoder2", bias_options=("use_bias",)),
+        Family("seed_oss", "SeedOss", bias_options=("attention_bias", "attention_out_bias")),
+        Family("arcee", "Arcee", bias_options=OPTION),
+        Family("gemma", "Gemma", bias_options=OPTION),
+        Family("apertus", "Apertus", bias_options=OPTION, qk_norm=True),
+        Family("hyperclovax", "HyperCLOVAX", bias_options=OPTION),
+        Family("cwm", "Cwm"),
+        Family("ministral", "Ministral"),
+        Family("dots1", "Dots1", bias_options=OPTION, qk_norm=True),
+        Family("jais2", "Jais2", bias_options=OPTION),
+        Family("olmo", "Olmo", bias_options=OPTION),
+        Family("granitemoe", "GraniteMoe", bias_options=OPTION),
+        Family("phi3", "Phi3"),
+        Family("gemma2", "Gemma2", bias_options=OPTION, softcap=True),
+        Family("gemma3_text", "Gemma3Text", bias_options=OPTION, qk_norm=True, unit_offset=True),
+        Family("olmo2", "Olmo2", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("olmo3", "Olmo3", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("olmoe", "Olmoe", bias_options=OPTION, qk_norm=True, joint_norm=True),
+        Family("smollm3", "SmolLM3", bias_options=OPTION, rotates=lambda config, layer_idx: bool(config.no_rope_layers[layer_idx])),
+        Family(
+            "exaone4",
+            "Exaone4",
+            qk_norm=True,
+            rotates=lambda config, layer_idx: config.sliding_window is None or window_of(config, layer_idx) is not None,
+        ),
+        Family(
+            "cohere2",
+            "Cohere2",
+            bias_options=OPTION,
+            interleaved=True,
+            llama_rotary=True,
+            rotates=lambda config, layer_idx: window_of(config, layer_idx) is not None,
+        ),
+        Family("glm4_moe", "Glm4Moe", bias_options=OPTION, qk_norm=True),
+        Family("glm4", "Glm4", bias_options=OPTION, interleaved=True),
+        Family("ministral3", "Ministral3"),
+        Family("phi", "Phi", biased=True, head_bias=True),
+        Family("stablelm", "StableLm", bias_options=("use_qkv_bias",), qk_norm=True),
+        Family("gpt_neox", "GPTNeoX", "gpt_neox.layers.{layer}.attention.", bias_options=OPTION),
+        Family("nemotron", "Nemotron", bias_options=OPTION),
+        Family("cohere", "Cohere", bias_options=OPTION, qk_norm=True, interleaved=True, llama_rotary=True),
+        Family("gpt_oss", "GptOss", bias_options=OPTION, llama_rotary=True, sinks=True),
     )
 }
 
@@ -86,13 +156,19 @@ def family_of(name: str) -> Family | None:
     return next((family for family in FAMILIES.values() if known and family.base == base), None)
 
 
-def mla_tp_plan(plan: dict[str, str]) -> dict[str, str]:
+def mla_tp_plan(family: Family, plan: dict[str, str] | None) -> dict[str, str] | None:
     """A family's tensor-parallel plan with the attention replaced; the down-projection is shared by all heads, so never split."""
-    return {key: value for key, value in plan.items() if ".self_attn." not in key} | {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.kv_a_proj_with_mqa": "mla_kv_a_proj",
-        "layers.*.self_attn.kv_b_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
+    if plan is None:
+        return None
+    attention = f"layers.*.{family.attention_name}"
+    rest = {key: value for key, value in plan.items() if not key.startswith(attention)}
+    if family.joint_norm or family.sinks:  # what needs all heads of a query, and what is none of these modules: whole everywhere
+        return rest
+    return rest | {
+        f"{attention}.q_proj": "colwise",
+        f"{attention}.kv_a_proj_with_mqa": "mla_kv_a_proj",
+        f"{attention}.kv_b_proj": "colwise",
+        f"{attention}.o_proj": "rowwise",
     }
 
 
@@ -117,10 +193,12 @@ class MLAConfigMixin:
         attention_bias: whether `q_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases; `kv_b_proj` never has one.
         num_key_norms: how many numbers are cached beside the latent so that QK-norm stays exact: 0, or the number of
             key/value heads of the original. Only families with QK-norm take another value than 0.
+        key_norm_width: how many numbers of the original keys each of these is over, where it is all heads' together, and of the
+            queries likewise; None where it is a head's.
         hf_mla_version: the version of hf_mla that wrote the checkpoint.
     """
 
-    has_qk_norm: ClassVar[bool] = False
+    family: ClassVar[Family]
     base_model_tp_plan: ClassVar[dict[str, str] | None]
 
     kv_lora_rank: int = 512
@@ -131,18 +209,28 @@ class MLAConfigMixin:
     kv_a_layernorm_eps: float = 1e-6
     attention_bias: bool = False
     num_key_norms: int = 0
+    key_norm_width: int | None = None
     hf_mla_version: str = __version__
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         check_mla_dimensions(self)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        self.head_dim = self.qk_rope_head_dim
         # The expanded keys and values have one head per query head.
-        self.num_key_value_heads = self.num_attention_heads
-        if self.num_key_norms:
-            self.base_model_tp_plan = {**self.base_model_tp_plan, "layers.*.self_attn.k_proj": "colwise"}
+        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
+        if self.num_key_norms and self.base_model_tp_plan and not self.family.joint_norm:
+            self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        # Again, where the family computes its own, or has no such field.
+        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
+        parameters = self.rope_parameters
+        for rope in [parameters] if "rope_type" in parameters else parameters.values():
+            if "partial_rotary_factor" in rope:  # of a family that does not rotate its whole heads
+                rope["partial_rotary_factor"] = 1.0
+
+    def validate_rope(self: Any) -> None:
+        """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""
+        PreTrainedConfig.validate_rope(self)
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers; what is saved is of the version that saves it, since its code is saved too."""
@@ -189,9 +277,9 @@ def config_class(family: Family) -> Any:
                 "__doc__": f"A {family.base} with Multi-head Latent Attention; see `MLAConfigMixin`.",
                 "__annotations__": {"attention_bias": bool},
                 "model_type": family.mla_type,
-                "base_model_tp_plan": mla_tp_plan(base.base_model_tp_plan),
-                "has_qk_norm": family.qk_norm,
-                "attention_bias": bool(family.biases),
+                "base_model_tp_plan": mla_tp_plan(family, base.base_model_tp_plan),
+                "family": family,
+                "attention_bias": family.biased or any(getattr(base, option) for option in family.bias_options),
             }
             MADE[name] = strict(type(name, (MLAConfigMixin, base), members))
             for call in WHEN_MADE:
@@ -226,12 +314,10 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
     if config.q_lora_rank is not None:
         raise ValueError(f"q_lora_rank is {config.q_lora_rank}; only null is supported (queries are not cached).")
     norms, heads = config.num_key_norms, config.num_attention_heads
-    if norms and not config.has_qk_norm:
+    if norms and not config.family.qk_norm:
         raise ValueError(f"num_key_norms is {norms}; only 0 is possible for {config.model_type}, which has no QK-norm.")
     if norms < 0 or (norms and heads % norms):
         raise ValueError(f"num_key_norms is {norms}; it must be 0 or a divisor of num_attention_heads ({heads}).")
-    if norms and config.attention_bias:
-        raise ValueError("num_key_norms and attention_bias are both set; QK-norm is kept exactly only without biases.")
     if config.kv_a_layernorm_eps <= 0:
         raise ValueError(f"kv_a_layernorm_eps is {config.kv_a_layernorm_eps}; it must be positive.")
     if release(config.hf_mla_version) > release(__version__):
@@ -251,6 +337,11 @@ def window_of(config: Any, layer_idx: int) -> int | None:
     layer_types = getattr(config, "layer_types", None)  # None: all layers are alike
     sliding = layer_types is None or layer_types[layer_idx] == "sliding_attention"
     return getattr(config, "sliding_window", None) if sliding else None
+
+
+def rotates(config: Any, layer_idx: int) -> bool:
+    """Whether a layer of a configuration, converted or not, has RoPE."""
+    return FAMILIES[config.model_type.removesuffix("_mla")].rotates(config, layer_idx)
 
 
 def slides(config: Any) -> bool:
@@ -291,7 +382,7 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         on_cpu: whether vLLM runs on a CPU, where its kernel is made for one size.
 
     Raises:
-        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms or a sliding window.
+        NotImplementedError: vLLM has no kernel for the sizes, or there are key norms, sinks, capped scores or a sliding window.
     """
     rank, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
     expanded = "or set VLLM_MLA_DISABLE=1, which is right but caches the keys and values of all heads"
@@ -305,6 +396,8 @@ def check_vllm(config: Any, on_cpu: bool) -> None:
         raise NotImplementedError(
             f"num_key_norms is {config.num_key_norms}; vLLM caches none (0). Convert with --qk-norm fold, {expanded}."
         )
+    if config.family.sinks or config.family.softcap:
+        raise NotImplementedError(f"{config.model_type} has sinks or caps its scores; vLLM's attention over latents does neither.")
     if slides(config):
         raise NotImplementedError(
             f"sliding_window is {config.sliding_window}; vLLM attends to all latents. Serve only what fits in the window "

@@ -5,31 +5,45 @@
   It caches the packed latent and picks expanded or absorbed attention by cost, so nobody has to choose.
 * QK-norm divides head j's key by its root mean square, one number s_j(t) per token. RoPE keeps lengths, so s_j(t) is a factor
   on the score: it is computed from the original key projection, cached beside the latent, and the rest is linear as ever.
+  Where the norm is over all heads together, it is one number for all of them.
+* What only some families have costs the others nothing: caps, sinks, layers without RoPE, queries scaled by their position.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
 from .cache_mla import dequantize
-from .configuration_mla import window_of
+from .configuration_mla import rotates, window_of
 
 
-def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
-    """What RMSNorm multiplies by: [..., width] -> [..., 1], in float32 or wider."""
+def inverse_rms(hidden_states: torch.Tensor, eps: float, dims: int | tuple[int, ...] = -1) -> torch.Tensor:
+    """What RMSNorm over some dimensions multiplies by: [..., width] -> [..., 1], in float32 or wider."""
     hidden_states = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-    return torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + eps)
+    return torch.rsqrt(hidden_states.pow(2).mean(dims, keepdim=True) + eps)
+
+
+def own_eager(config: Any) -> Callable[..., Any]:
+    """The library's eager attention of a family: that of its own file knows of caps and sinks."""
+    modeling = CONFIG_MAPPING[config.family.model_type].__module__.replace(".configuration_", ".modeling_")
+    return importlib.import_module(modeling).eager_attention_forward
+
+
+def rotary_embedding(config: Any, own: Any) -> nn.Module:
+    """The rotary embedding of a model with MLA, given the class of its family's own."""
+    return LlamaRotaryEmbedding(config) if config.family.llama_rotary else own(config)
 
 
 class MLARMSNorm(nn.Module):
@@ -71,7 +85,7 @@ class MLAAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout = getattr(config, "attention_dropout", 0.0)
         self.kv_lora_rank = config.kv_lora_rank
         self.qk_nope_head_dim = config.qk_nope_head_dim
         self.qk_rope_head_dim = config.qk_rope_head_dim
@@ -81,17 +95,25 @@ class MLAAttention(nn.Module):
         self.scaling = self.qk_head_dim**-0.5
         self.is_causal = True
         self.sliding_window = window_of(config, layer_idx)
+        self.rotates = rotates(config, layer_idx)
+        self.eager = own_eager(config)
+        self.softcap = config.attn_logit_softcapping if config.family.softcap else None
         self.num_key_norms = config.num_key_norms
-        self.qk_norm_eps = config.rms_norm_eps
+        self.key_norm_width = config.key_norm_width or config.qk_nope_head_dim
+        self.query_norm_dims = -1 if config.key_norm_width is None else (1, 3)  # of [B, H, T, N]
+        self.qk_norm_eps: Any = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None)
+        self.query_growth = config.rope_parameters.get("llama_4_scaling_beta")
 
         heads, hidden_size, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden_size, heads * self.qk_head_dim, bias=bias)
         if self.num_key_norms:  # the original keys, for the sake of their norms
-            self.k_proj = nn.Linear(hidden_size, self.num_key_norms * self.qk_nope_head_dim, bias=False)
+            self.k_proj = nn.Linear(hidden_size, self.num_key_norms * self.key_norm_width, bias=bias)
         self.kv_a_proj_with_mqa = nn.Linear(hidden_size, self.kv_lora_rank + self.qk_rope_head_dim, bias=bias)
         self.kv_a_layernorm = MLARMSNorm(self.kv_lora_rank, eps=config.kv_a_layernorm_eps)
         self.kv_b_proj = nn.Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden_size, bias=bias)
+        if config.family.sinks:  # scores of a token that all attend to and whose value is zero
+            self.sinks = nn.Parameter(torch.zeros(heads))
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Form the keys and values of every head.
@@ -110,8 +132,13 @@ class MLAAttention(nn.Module):
 
     def key_norms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What QK-norm multiplies the keys of each group of heads by: [B, T, hidden_size] -> [B, 1, T, g]."""
-        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.qk_nope_head_dim))  # [B, T, g, N]
+        key = self.k_proj(hidden_states).unflatten(-1, (-1, self.key_norm_width))  # [B, T, g, N], or [B, T, 1, all heads' N]
         return inverse_rms(key, self.qk_norm_eps).to(key.dtype).squeeze(-1).unsqueeze(1)
+
+    def query_factor(self, positions: torch.Tensor) -> torch.Tensor:
+        """What queries far beyond the context of training are multiplied by, as in Llama 4: [B, T] -> [B, 1, T, 1]."""
+        context = self.config.rope_parameters["original_max_position_embeddings"]
+        return (1 + self.query_growth * torch.log(1 + torch.floor(positions / context)))[:, None, :, None]
 
     def value_padding(self) -> int:
         """How many zeros to append to each value for the attention function, and to cut off its output.
@@ -129,10 +156,11 @@ class MLAAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | PagedAttentionCache | None = None,
         past_key_values: Cache | None = None,
+        layer_past: Cache | None = None,
         attended_ranges: dict[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -140,10 +168,11 @@ class MLAAttention(nn.Module):
 
         Args:
             hidden_states: [B, T, hidden_size], after the input norm.
-            position_embeddings: cosines and sines of the rotary embedding, each [B, T, P].
+            position_embeddings: cosines and sines of the rotary embedding, each [B, T, P]; not read in a layer without.
             attention_mask: as the configured attention implementation wants it.
             cache: to which the packed latents of the new tokens are appended, or the pages of continuous batching.
             past_key_values: the name of `cache` before Transformers 5.24.
+            layer_past: its name in GPT-NeoX.
             attended_ranges: for the layers to share: what part of the tokens each mask lets the kernel read.
             **kwargs: passed on to the attention function.
 
@@ -153,22 +182,27 @@ class MLAAttention(nn.Module):
         batch, tokens = hidden_states.shape[:2]
         query = self.q_proj(hidden_states).view(batch, tokens, -1, self.qk_head_dim).transpose(1, 2)  # [B, H, T, N + P]
         if self.num_key_norms:  # `q_nope` is the original query as it was before its norm
-            query = (query * inverse_rms(query[..., : self.qk_nope_head_dim], self.qk_norm_eps)).to(query.dtype)
+            inverse = inverse_rms(query[..., : self.qk_nope_head_dim], self.qk_norm_eps, self.query_norm_dims)
+            query = (query * inverse).to(query.dtype)
+        if self.query_growth is not None:
+            query = query * self.query_factor(kwargs["position_ids"]).to(query.dtype)
         q_nope, q_rot = query.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
 
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
         kv_nope, k_rot = compressed.split_with_sizes([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         kv_nope = self.kv_a_layernorm(kv_nope)
-        cos, sin = position_embeddings
-        rotary = torch.cat([q_rot, k_rot], dim=1)  # [B, H + 1, T, P]; in a step the number of operations counts, not their size
-        rotary = rotary * cos.unsqueeze(1) + rotate_half(rotary) * sin.unsqueeze(1)
-        q_rot, k_rot = rotary.split_with_sizes([q_rot.shape[1], 1], dim=1)
+        if self.rotates:
+            cos, sin = position_embeddings  # type: ignore[misc]
+            rotary = torch.cat([q_rot, k_rot], dim=1)  # [B, H + 1, T, P]; in a step the number of operations counts, not their size
+            rotary = rotary * cos.unsqueeze(1) + rotate_half(rotary) * sin.unsqueeze(1)
+            q_rot, k_rot = rotary.split_with_sizes([q_rot.shape[1], 1], dim=1)
 
         parts = [kv_nope, k_rot]
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
         latent = rest = None
         cache = past_key_values if cache is None else cache
+        cache = layer_past if cache is None else cache
         # By what it is, for the names differ between versions; and whoever traces this module gives neither.
         paged = isinstance(cache, PagedAttentionCache)
         if isinstance(cache, (Cache, PagedAttentionCache)):
@@ -184,6 +218,8 @@ class MLAAttention(nn.Module):
                 num_key_norms=self.num_key_norms,
                 packed=paged,
                 attended_ranges=attended_ranges,
+                sinks=getattr(self, "sinks", None),
+                softcap=self.softcap,
             )
             if absorbed is not None:
                 output, weights = absorbed
@@ -201,8 +237,12 @@ class MLAAttention(nn.Module):
         padding = self.value_padding()
         if padding:
             value = nn.functional.pad(value, [0, padding])
+        if self.softcap is not None:
+            kwargs["softcap"] = self.softcap
+        if hasattr(self, "sinks"):
+            kwargs["s_aux"] = self.sinks
         implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
         output, weights = attention(
             self,
             query,

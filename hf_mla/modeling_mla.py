@@ -22,7 +22,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -31,7 +33,7 @@ from transformers.modeling_layers import (
 
 from .cache_mla import CACHE_NAME, prepare_latent_cache
 from .configuration_mla import LOCK, Family, config_class, family_of
-from .layer_mla import MLAAttention
+from .layer_mla import MLAAttention, MLARMSNorm, rotary_embedding
 from .pages_mla import prepare_latent_pages
 
 
@@ -53,19 +55,26 @@ class LatentCacheGenerationMixin(GenerationMixin):
 class MLAPreTrainedModelMixin:
     """What all models with MLA share."""
 
-    _keep_in_fp32_modules: Any = ["kv_a_layernorm"]  # 2**20 is beyond float16; bfloat16 holds it
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(
+            module, MLARMSNorm
+        ):  # of Gemma's, which multiply by 1 + w, the library makes every w zero, by the class's name
+            init.ones_(module.weight)
 
 
 class MLAModelMixin:
     """Makes a family's decoder one with MLA: every layer gets it in place of the attention it was built with."""
 
     layers: Any
+    rotary_emb: Any
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)  # type: ignore[call-arg]
+        self.rotary_emb = rotary_embedding(config, type(self.rotary_emb))
         for layer_idx, layer in enumerate(self.layers):
-            layer.self_attn = MLAAttention(config, layer_idx)
+            setattr(layer, config.family.attention_name, MLAAttention(config, layer_idx))
         self.post_init()
 
     def forward(
@@ -99,13 +108,14 @@ class MLAHeadMixin:
     """Makes a model with a head stand on a decoder with MLA, `decoder_class`; `add_head` makes the modules after it."""
 
     decoder_class: type
+    base_model_prefix: str
     add_head: Any
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
         # The library's own would build a decoder without MLA first, or ask AutoModel for one, which doubts remote code.
         PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]
-        self.model = self.decoder_class(config)
+        setattr(self, self.base_model_prefix, self.decoder_class(config))
         self.add_head(config)
         self.post_init()
 
@@ -113,10 +123,15 @@ class MLAHeadMixin:
 class MLAForCausalLMMixin(MLAHeadMixin):
     """Makes a family's language model one with MLA."""
 
-    def add_head(self: Any, config: PreTrainedConfig) -> None:
+    def add_head(self: Any, config: Any) -> None:
         """The language-model head, as all families have it."""
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.family.head_bias)
+        if hasattr(config, "logit_scale"):
+            self.logit_scale = config.logit_scale
+        if hasattr(config, "router_aux_loss_coef"):  # what the library's forward pass of a mixture of experts takes from the model
+            self.router_aux_loss_coef, self.num_experts_per_tok = config.router_aux_loss_coef, config.num_experts_per_tok
+            self.num_experts = getattr(config, "num_experts", None) or config.num_local_experts
 
 
 class MLAForSequenceClassificationMixin(MLAHeadMixin, GenericForSequenceClassification):
@@ -134,8 +149,8 @@ class MLAForTokenClassificationMixin(MLAHeadMixin, GenericForTokenClassification
     def add_head(self: Any, config: PreTrainedConfig) -> None:
         """The library's head, dropout of 0.1 included where the configuration names none."""
         self.num_labels = config.num_labels
-        dropout = getattr(config, "classifier_dropout", None)
-        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        given = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+        self.dropout = nn.Dropout(next((dropout for dropout in given if dropout is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, self.num_labels)
 
 
@@ -162,7 +177,8 @@ def make_models(family: Family) -> dict[str, Any]:
     """
     source = CONFIG_MAPPING[family.model_type]
     own_decoder: Any = MODEL_MAPPING[source]
-    own_pretrained, own_language_model = own_decoder.__base__, MODEL_FOR_CAUSAL_LM_MAPPING[source]
+    own_pretrained = own_decoder.__base__
+    own_language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[source]
     made: dict[str, Any] = {}
 
     def make(suffix: str, bases: tuple[Any, ...], doc: str, **members: Any) -> Any:
@@ -175,7 +191,11 @@ def make_models(family: Family) -> dict[str, Any]:
         (MLAPreTrainedModelMixin, own_pretrained),
         f"What all {family.base} models with MLA share.",
         config_class=config_class(family),
+        _supports_sdpa=own_pretrained._supports_sdpa and not family.softcap,
         _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
+        _can_set_experts_implementation=own_pretrained._can_set_experts_implementation,  # which looks into the source of a class
+        # 2**20 is beyond float16; bfloat16 holds it.
+        _keep_in_fp32_modules=["kv_a_layernorm", *(own_pretrained._keep_in_fp32_modules or ())],
     )
     decoder = make("Model", (MLAModelMixin, pretrained, own_decoder), f"The decoder of {family.base} without a head.")
     for suffix, bases, head in (
@@ -188,7 +208,18 @@ def make_models(family: Family) -> dict[str, Any]:
         ("ForTokenClassification", (MLAForTokenClassificationMixin, pretrained), "a head that classifies tokens"),
         ("ForQuestionAnswering", (MLAForQuestionAnsweringMixin, pretrained), "a head that finds answers"),
     ):
-        make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder)
+        prefix = own_pretrained.base_model_prefix  # the library's heads have one of their own
+        make(suffix, bases, f"The decoder of {family.base} with {head}.", decoder_class=decoder, base_model_prefix=prefix)
+    # A checkpoint keeps what it had for experts, one by one. The library puts together those of models that it has been told of:
+    # of others they would be new and random.
+    for own, ours in (
+        (family.model_type, family.mla_type),
+        (own_decoder.__name__, f"{family.mla}Model"),
+        (own_language_model.__name__, f"{family.mla}ForCausalLM"),
+    ):
+        mapping = get_checkpoint_conversion_mapping(own)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(ours, mapping, overwrite=True)
     return made
 
 

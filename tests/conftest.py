@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 
+from families import Unrounded  # noqa: E402
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -124,6 +125,13 @@ def make_mla(family="Llama", **changes):
 def seeded():
     """Random numbers are a test's own, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unrounded():
+    """float64 all the way, in the library's models too."""
+    with Unrounded():
+        yield
 
 
 @pytest.fixture

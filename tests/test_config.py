@@ -1,11 +1,15 @@
 """Dimensions are checked, and derived ones follow."""
 
 import logging
+import sys
 
 import pytest
 from conftest import make_mla
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from hf_mla import LlamaMLAConfig, LlamaMLAForCausalLM, Qwen2MLAConfig, Qwen3MLAConfig
+from hf_mla.configuration_mla import FAMILIES, config_class
+from hf_mla.layer_mla import rotary_embedding
 
 
 @pytest.mark.parametrize(
@@ -36,7 +40,6 @@ def test_wrong_types_are_refused():
     [
         ({"num_key_norms": 3}, "a divisor of num_attention_heads"),
         ({"num_key_norms": -2}, "a divisor of num_attention_heads"),
-        ({"num_key_norms": 2, "attention_bias": True}, "only without biases"),
     ],
 )
 def test_impossible_key_norms_are_refused(changes, message):
@@ -48,6 +51,32 @@ def test_biases_are_the_familys():
     assert Qwen2MLAConfig().attention_bias
     assert not Qwen2MLAConfig(attention_bias=False).attention_bias
     assert not Qwen3MLAConfig().attention_bias
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_has_the_dimensions_of_mla(family, tmp_path):
+    """Whatever a family computes by itself, or leaves out: as made, and as saved and loaded."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "qk_rope_head_dim": 8, "head_dim": 99}
+    made = config_class(family)(num_key_value_heads=2, **shape)
+    made.save_pretrained(tmp_path)
+    for config in (made, config_class(family).from_pretrained(tmp_path)):
+        assert (config.head_dim, config.qk_head_dim, config.num_key_value_heads) == (8, 136, 4)
+        widths = rotary_embedding(config, type(None) if family.llama_rotary else own_rotary(family))
+        assert {buffer.numel() for name, buffer in widths.named_buffers() if "inv_freq" in name} == {4}
+        plan = config.base_model_tp_plan or {}
+        assert not any("k_proj" in name or "v_proj" in name or "query_key_value" in name for name in plan)
+
+
+def own_rotary(family):
+    """The class of a family's rotary embedding."""
+    decoder = MODEL_MAPPING[CONFIG_MAPPING[family.model_type]]
+    module = sys.modules[decoder.__module__]
+    return next(value for name, value in vars(module).items() if name.endswith("RotaryEmbedding"))
+
+
+def test_biases_follow_the_options_of_the_family():
+    biased = {family.model_type for family in FAMILIES.values() if config_class(family).attention_bias}
+    assert biased == {"qwen2", "qwen2_moe", "starcoder2", "seed_oss", "jais2", "phi", "glm4", "gpt_neox", "gpt_oss"}
 
 
 def test_derived_dimensions():

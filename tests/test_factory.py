@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_mla, run_apart
+from families import EXACT, FAMILIES, KNOWN
 from stub import STUB, stub
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -97,6 +98,33 @@ def test_whole_models_are_pickled(tmp_path):
     assert type(again) is type(model) and torch.equal(again(ids).logits, model(ids).logits)
     assert type(AutoModel.from_config(again.config)) is hf_mla.Qwen3MLAModel
     assert type(AutoConfig.for_model("qwen3_mla")) is hf_mla.Qwen3MLAConfig
+
+
+def test_a_mixture_of_experts_stays_one():
+    """What the library looks for in the source of a class, in what a model records, and in attributes of its head."""
+    model, ids = make_mla("Mixtral", num_local_experts=4, router_aux_loss_coef=0.5), torch.arange(1, 25).view(2, 12)
+    for implementation in ("eager", "grouped_mm"):
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
+        outputs = model(ids, labels=ids, output_router_logits=True)
+        assert [logits.shape for logits in outputs.router_logits] == [(24, 4)] * 2
+        assert outputs.aux_loss > 0
+        torch.testing.assert_close(outputs.loss, model(ids, labels=ids).loss + 0.5 * outputs.aux_loss)
+
+
+def test_what_is_kept_in_float32_and_how_norms_begin():
+    kept = set(hf_mla.GptOssMLAModel._keep_in_fp32_modules)
+    assert kept == {"kv_a_layernorm", *transformers.GptOssModel._keep_in_fp32_modules}
+    layer = hf_mla.GemmaMLAModel(make_mla("Gemma").config).layers[0]
+    assert not layer.input_layernorm.weight.any() and layer.self_attn.kv_a_layernorm.weight.eq(1).all()
+
+
+def test_every_family_has_its_proof_and_its_row_in_the_docs():
+    """A tiny model that goes through the whole pipeline, a well-known checkpoint, and its number in what users read."""
+    assert {model_type for name, (model_type, *_) in EXACT.items() if "," not in name} == set(KNOWN) == set(FAMILIES)
+    root = Path(hf_mla.__file__).parent.parent
+    assert all(f"| `{model_type}` |" in (root / "docs" / "families.md").read_text() for model_type in FAMILIES)
+    assert (root / "README.md").read_text().count(f"{len(FAMILIES)} model types") == 2
 
 
 def test_editors_know_the_classes_of_the_table():

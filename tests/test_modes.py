@@ -18,12 +18,12 @@ pytest_plugins = ["pytester"]
     ],
     ids=["passed", "failed", "partly skipped", "skipped, known", "skipped, unknown"],
 )
-def test_a_row(results, before, works, monkeypatch):
+def test_a_row(results, before, works):
     mode = modes.Mode("Flying", since="5.15", costs="wings", gpu=True)
     tests = {("tests/test_air.py", line, f"test_fly[{line}]"): outcomes for line, outcomes in enumerate(results)}
-    monkeypatch.setattr(modes, "modes", {mode: tests})
+    page = modes.Page(modes.Mode, None, rows={mode: tests})
     row = "| Flying | {} (GPU) | 5.15 | wings | `test_air.py::test_fly` |\n"
-    assert modes.table(row.format(before)) == modes.HEADER + row.format(works)
+    assert page.text(row.format(before)) == modes.HEADER + row.format(works)
 
 
 def test_a_run_fails_where_the_table_differs(pytester, monkeypatch):
@@ -41,16 +41,16 @@ def test_a_run_fails_where_the_table_differs(pytester, monkeypatch):
         """
     )
     monkeypatch.setattr(modes, "TESTS", pytester.path)
-    monkeypatch.setattr(modes, "TABLE", pytester.path / "modes.md")
+    file = pytester.path / "modes.md"
 
     def run(*options):
-        monkeypatch.setattr(modes, "modes", {})
+        monkeypatch.setattr(modes, "PAGES", {"mode": modes.Page(modes.Mode, file)})
         return pytester.runpytest_inprocess(*options)
 
     differs = run()
     assert differs.ret == 1 and "differs from what this run shows" in differs.stdout.str()
-    assert run("--write-modes").ret == 0 and "| Swimming | yes | 5.15 | air |" in modes.TABLE.read_text()
+    assert run("--write-modes").ret == 0 and "| Swimming | yes | 5.15 | air |" in file.read_text()
     assert run("-n", "2").ret == 0  # two processes show the same
-    modes.TABLE.write_text("")
+    file.write_text("")
     assert run("-n", "2").ret == 1
     assert run("-k", "1").ret == 0  # only a full run knows

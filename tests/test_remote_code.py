@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_mla
+from hf_mla.configuration_mla import FAMILIES
 from hf_mla_conversion.output.writing import REMOTE_FILES
 
 
@@ -128,5 +129,5 @@ def test_label_smoothing_shifts_labels():
     """The trainer and the text-generation pipeline look the class name up in this table."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
-        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"{family.lower()}_mla"] == f"{family}MLAForCausalLM"
+    for family in FAMILIES.values():
+        assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.mla_type] == f"{family.mla}ForCausalLM"

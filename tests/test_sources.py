@@ -88,12 +88,25 @@ SOURCES = {  # family, configuration, and what is done to the saved model
         lambda folder: None,
     ),
 }
+EXPERTS = {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPS = {"n_routed_experts": 12, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GROUPS |= {"first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}
 # Nothing in this project knows these: what they do to embeddings and logits, and how experts are stored, is the library's.
 UNKNOWN = {
     "Granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
+    "HyperCLOVAX": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "Gemma": {},
+    "Gemma2": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48, "final_logit_softcapping": 2.0},
     "Cohere": {"logit_scale": 0.5},
+    "Cohere2": {"logit_scale": 0.5, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 48},
+    "Phi": {"partial_rotary_factor": 0.5},  # its head has a bias
     "Mixtral": {"num_local_experts": 12, "num_experts_per_tok": 2},
+    "Qwen2Moe": EXPERTS | {"shared_expert_intermediate_size": 48, "mlp_only_layers": [0]},
+    "Qwen3Moe": EXPERTS | {"norm_topk_prob": True},
+    "Olmoe": EXPERTS | {"head_dim": None},
+    "GraniteMoe": {"num_local_experts": 12, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "logits_scaling": 2.0},
+    "Dots1": GROUPS,
+    "Glm4Moe": GROUPS | {"use_qk_norm": True, "attention_bias": True},
 }
 
 
@@ -104,17 +117,19 @@ def make(folder, name, **changes):
     return source
 
 
-@pytest.mark.parametrize("name", [*SOURCES, *UNKNOWN])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in [*SOURCES, *UNKNOWN]), ("Mixtral", torch.float64)], ids=str
+)
 @torch.no_grad()
-def test_layers_are_the_librarys_to_the_last_bit(tmp_path, name):
-    source = make(tmp_path, name) if name in SOURCES else make_source(tmp_path, name, **UNKNOWN[name])
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+def test_layers_are_the_librarys_to_the_last_bit(tmp_path, name, dtype):
+    source = make(tmp_path, name) if name in SOURCES else make_source(tmp_path, name, dtype=dtype, **UNKNOWN[name])
+    model = load_model(open_checkpoint(source), CPU, dtype)
     ids = torch.randint(3, 4096, (2, 96))
     expected = model(ids, output_hidden_states=True, use_cache=False)
 
-    stream = LayerStream(open_checkpoint(source), CPU, torch.float32)
+    stream = LayerStream(open_checkpoint(source), CPU, dtype)
     stream.record_calls(96)
-    states = torch.empty(2, 96, 48)
+    states = torch.empty(2, 96, 48, dtype=dtype)
     stream.embed(ids[:1], states[:1])
     stream.embed(ids[1:], states[1:])
     for index, hidden in enumerate(expected.hidden_states[:-1]):

@@ -74,7 +74,7 @@ def test_the_configuration_that_travels_registers_itself(vllm, tmp_path):
 
 def test_the_plugin_makes_the_flag_unnecessary(vllm, monkeypatch):
     """vLLM looks up the class of a model in Transformers, where it may not run the checkpoint's code."""
-    names = [f"{family}MLAForCausalLM" for family in ("Llama", "Mistral", "Qwen2", "Qwen3")]
+    names = [f"{family.mla}ForCausalLM" for family in FAMILIES.values() if family.model_type in transformers.CONFIG_MAPPING]
     for name in names:
         monkeypatch.setattr(transformers, name, None, raising=False)
     vllm_mla.register()
@@ -101,6 +101,8 @@ WINDOW = r"sliding_window is 16; .*\{\"sliding_window\": null\}' --max-model-len
         ("Llama", {"kv_lora_rank": 128, "qk_rope_head_dim": 32}, False, "is 128 [+] 32; .* 320, 512 or 576 numbers"),
         ("Qwen3", {"num_key_norms": 2}, True, "num_key_norms is 2; .*--qk-norm fold, or set VLLM_MLA_DISABLE=1"),
         ("Mistral", {"sliding_window": 16}, True, WINDOW),
+        ("Gemma2", {}, True, "gemma2_mla has sinks or caps its scores"),
+        ("GptOss", {}, True, "gpt_oss_mla has sinks or caps its scores"),
         (
             "Qwen2",
             {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]},

@@ -407,7 +407,7 @@ def end_to_end(
     )
     comparisons: dict[str, Comparison] = {}
     if processes.is_main_process:
-        output = write_trained(converted, folder, training)
+        output = write_trained(match_model(converted), folder, training)
         trained_model = load_model(open_checkpoint(str(output)), job.device, dtypes[0])
         original = original.to(job.device)
         for name, places in job.held.items():

@@ -20,7 +20,7 @@ from ..output.progress import source_fingerprint, token_fingerprint, versions, w
 from ..output.reports import HealReport
 from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint, read_record
 from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
-from ..source.matching import match_model
+from ..source.matching import ModelCheckpoint, match_model
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
 from ..stages.end_to_end import (
@@ -209,17 +209,22 @@ def trained_window(checkpoint: Checkpoint, device: torch.device) -> int:
         return window
 
 
-def linear_shapes(checkpoint: Checkpoint) -> list[tuple[int, ...]]:
-    """Shapes of all matrices that adapters are put on."""
-    return [tensor.shape for name, tensor in checkpoint.tensors.items() if ".layers." in name and len(tensor.shape) == 2]
+def linear_shapes(checkpoint: ModelCheckpoint) -> list[tuple[int, ...]]:
+    """Shapes of all matrices that adapters are put on; experts and routers are none of these."""
+    modules = checkpoint.model.base_model.modules()
+    return [tuple(module.weight.shape) for module in modules if isinstance(module, torch.nn.Linear)]
 
 
-def trained_parameters(checkpoint: Checkpoint, train: str, lora_rank: int) -> int:
+def trained_parameters(checkpoint: ModelCheckpoint, train: str, lora_rank: int) -> int:
     """How many numbers are trained, from headers alone."""
     tensors = checkpoint.tensors
     if train == "lora":
         return sum(lora_rank * sum(shape) for shape in linear_shapes(checkpoint))
-    return sum(tensor.parameters for name, tensor in tensors.items() if train == "all" or ".self_attn." in name)
+    return sum(
+        tensor.parameters
+        for name, tensor in tensors.items()
+        if train == "all" or f".{checkpoint.config.family.attention_name}." in name
+    )
 
 
 def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError, brief
 from ..output.plotting import check_plot, plot_conversion
 from ..source.checkpoint import RECORD, Checkpoint, TensorHeader, open_checkpoint
-from ..source.families import refusal, source_head_dim
+from ..source.families import kv_heads, refusal, source_head_dim
 from ..source.matching import match_model
 
 
@@ -52,7 +52,7 @@ def info(source: str, *, revision: str | None = None, plot: str | None = None) -
         result["supported"], result["reason"] = reason is None, reason
         if reason is None:
             result["head_dim"] = source_head_dim(config)
-        floats = 2 * config.num_key_value_heads * result["head_dim"] if reason is None else None
+        floats = 2 * kv_heads(config) * result["head_dim"] if reason is None else None
     result["kv_floats_per_token_per_layer"] = floats
     if floats is not None:
         result["kv_bytes_per_token"] = config.num_hidden_layers * TensorHeader((floats,), checkpoint.dtype).bytes

@@ -12,9 +12,9 @@ from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
 from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
-from ..source.families import FAMILIES, biased_projections, key_norms, refusal, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
-from ..source.matching import match_model
+from ..source.matching import ModelCheckpoint, match_model
 
 
 DEFAULT_KV_BUDGET = 0.3125
@@ -64,23 +64,25 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     config = checkpoint.config
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
     norms = key_norms(config, qk_norm)
-    source_floats = 2 * config.num_key_value_heads * head_dim
+    source_floats = 2 * kv_heads(config) * head_dim
     converted_floats = kv_lora_rank + qk_rope_head_dim + norms
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     stored = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     itemsize = ITEMSIZE[stored]
     converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, next(name for name in DTYPES if DTYPES[name] == stored), qk_norm)
     converted.kv_a_layernorm_eps = NORM_EPS  # as where anything is fitted
-    kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in checkpoint.kept.values())
+    keys = norms * (converted.key_norm_width or head_dim)
+    left = [checkpoint.stored.tensors[part] for part in checkpoint.kept.values()]
+    kept = sum(tensor.bytes if dtype == "auto" else tensor.parameters * itemsize for tensor in left)
     attention = (
         heads * (head_dim + qk_rope_head_dim) * hidden  # q_proj
         + (kv_lora_rank + qk_rope_head_dim) * hidden  # kv_a_proj_with_mqa
         + heads * 2 * head_dim * kv_lora_rank  # kv_b_proj
         + heads * head_dim * hidden  # o_proj
-        + norms * head_dim * hidden  # k_proj
+        + keys * hidden  # k_proj
     )
-    if biased_projections(config):
-        attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden
+    if has_biases(config):
+        attention += heads * (head_dim + qk_rope_head_dim) + kv_lora_rank + qk_rope_head_dim + hidden + keys
     layer = attention * itemsize + kv_lora_rank * max(itemsize, 4 if stored == "F16" else 0)  # kv_a_layernorm
     return PlanReport(
         model_type=config.model_type,
@@ -130,9 +132,9 @@ def possible_sizes(
     Raises:
         UserError: both or half of the ways are used, or a number is out of range.
     """
-    head_dim = source_head_dim(config)
-    source = 2 * config.num_key_value_heads * head_dim
-    rope_dims = [dim for dim in range(2, head_dim + 1, 2) if head_dim % dim == 0]
+    head_dim, rotary = source_head_dim(config), rotary_width(config)
+    source = 2 * kv_heads(config) * head_dim
+    rope_dims = [dim for dim in range(2, rotary + 1, 2) if rotary % dim == 0]
     allowed = ", ".join(map(str, rope_dims))
     if (kv_lora_rank is None) != (qk_rope_head_dim is None):
         raise UserError("--kv-lora-rank and --qk-rope-head-dim go together; give both, or --kv-budget")
@@ -140,7 +142,8 @@ def possible_sizes(
         if kv_budget is not None:
             raise UserError("--kv-budget and --kv-lora-rank exclude each other; give one of them")
         if qk_rope_head_dim not in rope_dims:
-            raise UserError(f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of head_dim {head_dim})")
+            of = f"head_dim {head_dim}" if rotary == head_dim else f"the {rotary} numbers of a head that are rotated"
+            raise UserError(f"--qk-rope-head-dim is {qk_rope_head_dim}; allowed: {allowed} (even divisors of {of})")
         most = min(source - qk_rope_head_dim, config.hidden_size)
         if not 1 <= kv_lora_rank <= most:
             raise UserError(
@@ -163,7 +166,7 @@ def possible_sizes(
 def size_ladder(config: Any, qk_norm: str) -> list[tuple[int, int]]:
     """Rank and rotary width of caches from large to small: of each, the split by a rule and the next with a wider rotary key."""
     least = 6 + key_norms(config, qk_norm)
-    source = 2 * config.num_key_value_heads * source_head_dim(config)
+    source = 2 * kv_heads(config) * source_head_dim(config)
     shares = [share for share in LADDER if math.floor(share * source) >= least]
     sizes: list[tuple[int, int]] = []
     for rule, *near in (possible_sizes(config, share, None, None, qk_norm) for share in reversed(shares)):
@@ -176,7 +179,7 @@ def computed_width(checkpoint: Checkpoint, device: str) -> int:
     return {"F64": 8, "BF16": 2 if device == "cuda" else 4}.get(checkpoint.dtype, 4)
 
 
-def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
+def memory_estimate(checkpoint: ModelCheckpoint, size: tuple[int, int], tokens: int, device: str = "cpu") -> int:
     """Bytes of memory that a conversion takes at its peak.
 
     Args:
@@ -191,16 +194,15 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
     config, scale = checkpoint.config, SCALES[device]
     width = computed_width(checkpoint, device)
     heads, head_dim, hidden = config.num_attention_heads, source_head_dim(config), config.hidden_size
-    queries, keys_values = heads * head_dim, 2 * config.num_key_value_heads * head_dim
+    queries, keys_values = heads * head_dim, 2 * kv_heads(config) * head_dim
     rank, rope_dim = size
-    prefix = FAMILIES[config.model_type].attention.format(layer=0).removesuffix("self_attn.")
-    layer = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name.startswith(prefix))
+    layer = largest_layer(checkpoint)
     table = config.vocab_size * hidden  # embedding or head
     mla = (rank + rope_dim) * hidden + heads * ((head_dim + rope_dim) * hidden + 2 * head_dim * rank + head_dim * hidden)
     window = min(scale.window, config.max_position_embeddings)
     step, batch = max(scale.step, window), max(scale.batch, window)
     # Numbers per token that a layer keeps for its backward pass: the original's, and the converted attention's.
-    original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * config.intermediate_size
+    original = 10 * hidden + 6 * queries + 4 * keys_values + 6 * mlp_width(config)
     converted = 8 * hidden + heads * 16 * (head_dim + rope_dim) + 6 * rank
     fitting = 4 * (7 * mla + step * converted)  # weights, gradient, momentum, work space and what is best so far, in float32
     # In float64, and in part complex.
@@ -210,6 +212,17 @@ def memory_estimate(checkpoint: Checkpoint, size: tuple[int, int], tokens: int, 
         tokens * hidden * width + layer * width + max(fitting, closed_form),
         layer * width + batch * original * width,
     )
+
+
+def largest_layer(checkpoint: ModelCheckpoint) -> int:
+    """Numbers in the largest layer: some have experts, and the first may have none."""
+    layers: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        place, _, inside = name.partition(".layers.")
+        if inside:
+            layer = f"{place}.{inside.split('.')[0]}"
+            layers[layer] = layers.get(layer, 0) + tensor.parameters
+    return max(layers.values())
 
 
 def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, window: int, device: str, own: int = 0) -> int:
@@ -229,13 +242,14 @@ def disk_estimate(checkpoint: Checkpoint, bytes_written: int, tokens: int, windo
     config = checkpoint.config
     surveyed = min(tokens, max(4 * window, SURVEY_TOKENS))
     inputs = surveyed * config.hidden_size * computed_width(checkpoint, device)
-    moments = 2 * 8 * (config.num_key_value_heads * source_head_dim(config)) ** 2  # of keys and of values, in float64
-    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if ".self_attn." in name)
+    moments = 2 * 8 * (kv_heads(config) * source_head_dim(config)) ** 2  # of keys and of values, in float64
+    inside = f".{FAMILIES[config.model_type].attention_name}."
+    attention = sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if inside in name)
     layers = bytes_written * attention // checkpoint.parameters
     return 12 * own + config.num_hidden_layers * moments + max(config.num_hidden_layers * inputs, layers + bytes_written)
 
 
-def check_memory(checkpoint: Checkpoint, sizes: list[tuple[int, int]], device: Any) -> None:
+def check_memory(checkpoint: ModelCheckpoint, sizes: list[tuple[int, int]], device: Any) -> None:
     """Raise a UserError if a conversion's peak does not fit in what is free, hidden states on disk.
 
     Args:

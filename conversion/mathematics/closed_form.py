@@ -3,7 +3,9 @@
 
 Biases. Of a key's bias, the shared rotary key keeps its part. The position-free rest adds q . b to the scores of a query at
 all tokens alike, which the softmax cancels: it is dropped. Attention weights sum to one, so a value's bias goes through
-`o_proj` into the bias there. The query's is kept as it is.
+`o_proj` into the bias there. The query's is kept as it is. Neither holds for all: where QK-norm is kept exactly, a key's bias is
+scaled from token to token; scores that are capped change with what is added to them all; and a sink, which has no key, takes a
+share from all values. There a bias has its part in the latent, as a column of what is factorized, and becomes the latent's bias.
 
 QK-norm. Normed and before RoPE, head j's key is s_j(t) diag(w) W_j x(t), with s_j(t) = (mean of squares of W_j x(t) + eps)^-1/2.
 Both variants start from its linear mean, m_j diag(w) W_j x(t) with m_j the same of the mean square over the calibration text:
@@ -12,18 +14,26 @@ there heads are weighted as the softmax sees them, and the gradient moment is th
 * "fold" takes that mean for the key, and the like for the query: a plain DeepSeek model, inexact.
 * "exact" caches s_j(t), and queries undo m_j. A query's norm needs its original rows, so those are what `q_proj` keeps for the
   position-free part; the norm's weight, 1 / m_j and the scale go to the other side, the keys' half of `kv_b_proj`.
+
+A norm over all heads together has one s(t) and one m.
+
+RoPE. Of a head, the first r numbers are rotated; the others are position-free as they are. Some types multiply cosines and sines
+by a factor, so scores by its square: what loses its rotation would lose that, and gets it as a factor of its own. In a layer
+without RoPE all of this is exact with any split: the shared key is so many latents more.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import hf_mla
 from hf_mla.layer_mla import MLAAttention
 
-from ..source.families import FAMILIES, biased_projections, key_norms, source_head_dim
+from ..source.attention import Norm, read
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, ropes, source_head_dim
 from .factorize import factorize
+from .ladder import narrowed
 from .moments import LayerMoments
 from .rotary import principal_components, rotary_queries, split_keys
 
@@ -52,7 +62,11 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
     for key in (*dropped, "cache_implementation", "cache_config"):  # the last are for `generate`, as others the library drops
         fields.pop(key, None)
     fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": dtype}
-    fields["attention_bias"] = bool(biased_projections(source))
+    fields["attention_bias"] = has_biases(source)
+    rope = {kind: narrowed(source, kind, rope_dim) for kind in ropes(source)}
+    fields["rope_parameters"] = rope.get(None, rope)
+    if family.joint_norm:
+        fields["key_norm_width"] = kv_heads(source) * source_head_dim(source)
     return getattr(hf_mla, f"{family.mla}Config")(
         **fields,
         kv_lora_rank=rank,
@@ -64,24 +78,20 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
     )
 
 
-def rows(projection: nn.Linear, like: Tensor) -> Tensor:
-    """What a projection multiplies (x, 1) by: its weight [m, D], and its bias (if any) as one more column; typed as `like`."""
-    weight = projection.weight.to(like)
-    return weight if projection.bias is None else torch.cat([weight, projection.bias.to(like).unsqueeze(1)], dim=1)
-
-
-def mean_inverse_rms(heads: Tensor, moment: Tensor, eps: float) -> Tensor:
-    """What RMSNorm multiplies each head by, its mean square replaced by the mean over the text.
+def mean_inverse_rms(heads: Tensor, moment: Tensor, norm: Norm) -> Tensor:
+    """What QK-norm multiplies each head by before its weights, its mean square replaced by the mean over the text.
 
     Args:
-        heads: [heads, d, D], rows of the projection.
-        moment: [D, D], second moment of its input.
-        eps: epsilon of the norm.
+        heads: [heads, d, D + 1], rows of the projection.
+        moment: [D + 1, D + 1], second moment of its input.
+        norm: the norm.
 
     Returns:
-        [heads].
+        [heads, 1, 1].
     """
-    return ((heads @ moment * heads).sum(-1).mean(-1) + eps).rsqrt()
+    squares = (heads @ moment * heads).sum(-1).mean(-1)
+    squares = squares.mean().expand_as(squares) if norm.joint else squares
+    return (squares + norm.eps).rsqrt().view(-1, 1, 1)
 
 
 @torch.no_grad()
@@ -130,58 +140,66 @@ def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tupl
         each direction, descending; the latent keeps the first R.
     """
     hidden, rank, rope_dim, head_dim = config.hidden_size, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
-    inputs = moment.inputs
-    query, key, value = (rows(getattr(attention, f"{name}_proj"), inputs) for name in "qkv")  # [.., D], or [.., D + 1] with biases
-    heads, kv_heads = query.shape[0] // head_dim, key.shape[0] // head_dim
-    query, key = query.view(heads, head_dim, -1), key.view(kv_heads, head_dim, -1)
+    source = read(attention, moment.inputs)
+    query, key, value = source.query, source.key, source.value
+    heads, groups = len(query), len(key)
+    # The mean of x is not known: a bias counts as energy as if it were uncorrelated.
+    inputs = torch.block_diag(moment.inputs, torch.ones(1, 1).to(moment.inputs))  # of (x, 1)
 
-    # What `query` lacks to be the query that meets the keys. DeepSeek's scale is (N + P)^-1/2, the original's d^-1/2.
-    gain = query.new_full((heads, head_dim, 1), attention.scaling * (head_dim + rope_dim) ** 0.5)
-    if FAMILIES[attention.config.model_type].qk_norm:
-        key_mean = mean_inverse_rms(key, inputs, attention.k_norm.variance_epsilon).view(-1, 1, 1)
-        key = key * key_mean * attention.k_norm.weight.to(inputs).unsqueeze(1)
-        gain *= attention.q_norm.weight.to(inputs).unsqueeze(1)
+    # What `query` lacks to be the query that meets the keys. DeepSeek's scale is (N + P)^-1/2, the original's often d^-1/2.
+    gain = query.new_full((heads, head_dim, 1), source.scaling * (head_dim + rope_dim) ** 0.5)
+    if source.key_norm is not None and source.query_norm is not None:
+        key_mean = mean_inverse_rms(key, inputs, source.key_norm)
+        normed = key * key_mean * source.key_norm.weight.unsqueeze(-1)
+        gain *= source.query_norm.weight.unsqueeze(-1)
         if config.num_key_norms:
-            gain /= key_mean.repeat_interleave(heads // kv_heads, dim=0)
+            gain /= key_mean.repeat_interleave(heads // groups, dim=0)
         else:
-            gain *= mean_inverse_rms(query, inputs, attention.q_norm.variance_epsilon).view(-1, 1, 1)
-    key, met_query = key.flatten(0, 1), query * gain
+            gain *= mean_inverse_rms(query, inputs, source.query_norm)
+    else:
+        normed = key
+    met_query, rotary = query * gain, source.rotary
 
-    # A key's bias is turned by RoPE like the rest of it, so it counts as energy. The mean of x is not known: the two are added
-    # as if uncorrelated.
-    extended = torch.block_diag(inputs, torch.eye(key.shape[1] - hidden).to(inputs))
-    components = principal_components(key, extended, kv_heads, rope_dim)
-    rotary_key, rest = split_keys(key, components)
-    factors = factorize(torch.cat([rest, value])[:, :hidden], inputs, [moment.keys, moment.values], rank)
-    up = factors.up.view(2, kv_heads, 1, head_dim, rank).expand(-1, -1, heads // kv_heads, -1, -1)
+    components = principal_components(normed[:, :rotary].flatten(0, 1), inputs, groups, rope_dim)
+    rotary_key, rest = split_keys(normed[:, :rotary].flatten(0, 1), components)
+    rotary_query = rotary_queries(met_query[:, :rotary].flatten(0, 1), components)
+    turned = rest.view(groups, rotary, -1) * source.factor**2
+    still = torch.cat([turned, normed[:, rotary:]], dim=1)  # [g, d, D + 1], the keys without position
+    value_bias = value[..., hidden].clone() if source.sinks is None else torch.zeros_like(value[..., hidden])
+    value[..., hidden] -= value_bias
+    if not config.num_key_norms and source.sinks is None and source.softcap is None:
+        still[..., hidden] = 0
+    factors = factorize(torch.cat([still, value]).flatten(0, 1), inputs, [moment.keys, moment.values], rank)
+    up = factors.up.view(2, groups, 1, head_dim, rank).expand(-1, -1, heads // groups, -1, -1)
     key_up, value_up = up.reshape(2, heads, head_dim, rank)  # each query head gets its group's
-
-    rotary_query = rotary_queries(met_query.flatten(0, 1), components)
     if config.num_key_norms:
         key_up = gain * key_up
     else:
         query = met_query
-    queries = torch.cat([query, rotary_query], dim=1).flatten(0, 1)  # [H * (N + P), D or D + 1]
+    queries = torch.cat([query, rotary_query], dim=1).flatten(0, 1)  # [H * (N + P), D + 1]
+    compressed = torch.cat([factors.down, rotary_key])  # [R + P, D + 1]
 
-    weight = attention.q_proj.weight
+    weight = source.output.weight
     mla = MLAAttention(config, attention.layer_idx).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
     mla.requires_grad_(False)
     mla.q_proj.weight.copy_(queries[:, :hidden])
-    mla.kv_a_proj_with_mqa.weight.copy_(torch.cat([factors.down, rotary_key[:, :hidden]]))
+    mla.kv_a_proj_with_mqa.weight.copy_(compressed[:, :hidden])
     mla.kv_a_layernorm.variance_epsilon = IDENTITY_NORM_EPS  # also where the model will have a norm that is fitted
     mla.kv_a_layernorm.weight.fill_(IDENTITY_NORM_WEIGHT)
     mla.kv_b_proj.weight.copy_(torch.cat([key_up, value_up], dim=1).flatten(0, 1))
-    mla.o_proj.weight.copy_(attention.o_proj.weight)
+    mla.o_proj.weight.copy_(weight)
     if config.num_key_norms:
-        mla.k_proj.weight.copy_(attention.k_proj.weight)
+        mla.k_proj.weight.copy_(key[..., :hidden].flatten(0, 1))
     if config.attention_bias:
         mla.q_proj.bias.copy_(queries[:, hidden])
-        mla.kv_a_proj_with_mqa.bias.zero_()
-        mla.kv_a_proj_with_mqa.bias[rank:].copy_(rotary_key[:, hidden])
-        value_bias = value[:, hidden].view(kv_heads, 1, head_dim).expand(-1, heads // kv_heads, -1).flatten()
-        output_bias = attention.o_proj.weight.to(inputs) @ value_bias
-        if attention.o_proj.bias is not None:
-            output_bias += attention.o_proj.bias.to(inputs)
+        mla.kv_a_proj_with_mqa.bias.copy_(compressed[:, hidden])
+        output_bias = weight.to(inputs) @ value_bias.repeat_interleave(heads // groups, dim=0).flatten()
+        if source.output.bias is not None:
+            output_bias += source.output.bias.to(inputs)
         mla.o_proj.bias.copy_(output_bias)
+        if config.num_key_norms:
+            mla.k_proj.bias.copy_(key[..., hidden].flatten())
+    if source.sinks is not None:
+        mla.sinks.copy_(source.sinks)
     total = factors.spectrum.sum()
     return mla.eval(), factors.spectrum / total if total > 0 else torch.zeros_like(factors.spectrum)

@@ -8,6 +8,7 @@
 * A loss that is not finite stops the training before such weights can be saved, and names the layer that it came from.
 """
 
+import functools
 import math
 import shutil
 import sys
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import UserError
 from ..source.checkpoint import save_file
+from ..source.loading import head_of
 from .scales import HEAD_TOKENS
 
 
@@ -105,6 +108,9 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device)
         self.folder = folder
         student: Any = self.model
+        if not hasattr(student, "merge_and_unload"):
+            # The Trainer goes on from what it saves by the model's own names; experts, for one, have others in a checkpoint.
+            student.save_pretrained = functools.partial(student.save_pretrained, save_original_format=False)
         self.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         self.best: dict[str, Tensor] = {}
         self._watched: list[Tensor] | None = None
@@ -112,8 +118,16 @@ class DistillationTrainer(Trainer):
         for layer in student.get_decoder().layers:
             layer.register_forward_hook(lambda _module, _args, output: self._watch(output))
         # The loss is computed in the head's place, inside the model's forward pass: what shards or casts weights does it there.
+        # What a model does to logits after that, it must not do to a loss.
+        language_model = student.get_base_model() if hasattr(student, "get_base_model") else student
         self._head = student.get_output_embeddings()
-        self._logits, self._head.forward = self._head.forward, self._loss
+        self._logits, self._head.forward = head_of(language_model, self._head.forward), self._loss
+
+        def forward(input_ids: Tensor, use_cache: bool, **_: Any) -> CausalLMOutput:
+            states = language_model.get_decoder()(input_ids=input_ids, use_cache=use_cache).last_hidden_state
+            return CausalLMOutput(logits=self._head(states))
+
+        language_model.forward = forward
         self._divergence = divergence
         if self.args.device.type == "cuda" and self.args.world_size == 1:
             # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
@@ -128,7 +142,7 @@ class DistillationTrainer(Trainer):
     def _loss(self, states: Tensor) -> Tensor:
         ids, target = self._batch
         if target is not None:
-            functions = self._logits, self.teacher.get_output_embeddings(), self._divergence
+            functions = self._logits, head_of(self.teacher), self._divergence
             return ChunkedDivergence.apply(functions, states.flatten(0, 1), target.flatten(0, 1), *self._head.parameters())
         states, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         losses = [

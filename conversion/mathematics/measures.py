@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..source.loading import head_of
 from .scales import HEAD_TOKENS
 
 
@@ -56,10 +57,10 @@ class Comparison:
 
         Layers that were compiled for training are not compiled again for these shapes.
         """
-        eager = torch.compiler.set_stance("force_eager")(lambda model, ids: model.model(input_ids=ids, use_cache=False))
+        eager = torch.compiler.set_stance("force_eager")(lambda model, ids: model.get_decoder()(input_ids=ids, use_cache=False))
         for ids in tqdm(windows, desc=f"measuring at {windows.shape[1]:,} tokens", unit="window"):
             first, second = (eager(model, ids.unsqueeze(0).to(model.device)).last_hidden_state[0] for model in (source, converted))
-            self.add_states(first, second, (source.lm_head, converted.lm_head), ids)
+            self.add_states(first, second, (head_of(source), head_of(converted)), ids)
 
     def result(self) -> dict[str, Any]:
         """`perplexity` of both, `perplexity_ratio`, `kl` in nats per token, `top1_agreement`.

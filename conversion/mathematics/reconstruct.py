@@ -5,7 +5,7 @@ Minimises E w || y - y' ||^2 / E w || y ||^2 over all weights of the MLA block, 
 each other, so one is in memory at a time. docs/reconstruction.md has the measurements behind every constant here.
 
 * A token's weight w is 1 over the mean square of the residual stream that y is added to, y included: so the next norm sees it, and
-  the huge hidden states of a few tokens count no more than others.
+  the huge hidden states of a few tokens count no more than others. Where y is normed or multiplied before, to z, so is its error.
 * Matrices move by Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), vectors by Adam.
 * Step sizes are relative: a matrix's is a share of the root mean square of its own entries, so that no model needs its own.
 * A sequence's first token sees nothing but itself, and what attention makes of it decides whether all others rest theirs on it (a
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hf_mla.layer_mla import MLAAttention
 
+from ..source.attention import added, attend
 from .moments import OutputFit, hooks
 
 
@@ -72,14 +73,19 @@ class LayerTask:
         y and w are in float32 or wider.
         """
         states = self.states[windows.to(self.states.device)].to(self.device)
-        x = self.layer.input_layernorm(states)
-        y = self.layer.self_attn(hidden_states=x, **self.call)[0].to(self.wide)
-        return x, y, 1 / (states + y).square().mean(-1, keepdim=True).clamp_min(TINY)
+        x, y = attend(self.layer, states, self.call)
+        z = added(self.layer, y)
+        y, z, plain = y.to(self.wide), z.to(self.wide), z is y
+        w = 1 / (states + z).square().mean(-1, keepdim=True).clamp_min(TINY)
+        if not plain:
+            w = w * z.square().mean(-1, keepdim=True) / y.square().mean(-1, keepdim=True).clamp_min(TINY)
+        return x, y, w
 
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
         with self.precision:
-            return mla(x, self.position_embeddings, attention_mask=self.call["attention_mask"])[0].to(self.wide)
+            place = {name: self.call.get(name) for name in ("attention_mask", "position_ids")}
+            return mla(x, self.position_embeddings, **place)[0].to(self.wide)
 
     @torch.no_grad()
     def error(self, mla: MLAAttention, parts: Iterable[Tensor]) -> float:

@@ -9,6 +9,7 @@ on the way up, and on the way down the layer is computed again from it, with gra
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..errors import UserError
+from ..source.attention import attention_of, watch_gradients
 from ..source.checkpoint import Checkpoint, load_file, save_file
 from ..source.streaming import LayerStream
 from .moments import gradient_moment, hooks
@@ -153,18 +155,10 @@ def backward(layer: Any, call: dict, states: Tensor, gradient: Tensor, batch: in
     """Pass the loss gradient [windows, tokens, D] back through a layer, in place; returns sums of its second moments."""
     totals: dict[str, Any] = {"keys": 0, "values": 0}
 
-    def watch(name: str) -> Callable:
-        def add(gradient: Tensor) -> None:
-            totals[name] += gradient_moment(gradient.flatten(2))
+    def add(name: str, gradient: Tensor) -> None:
+        totals[name] += gradient_moment(gradient)
 
-        def hook(_module: nn.Module, _args: tuple, output: Tensor) -> None:
-            output.register_hook(add)
-
-        return hook
-
-    attention = layer.self_attn
-    key = getattr(attention, "k_norm", attention.k_proj)
-    with hooks([key.register_forward_hook(watch("keys")), attention.v_proj.register_forward_hook(watch("values"))]):
+    with hooks(watch_gradients(attention_of(layer), states.shape[1], partial(add, "keys"), partial(add, "values"))):
         for inputs, part in zip(states.split(batch), gradient.split(batch), strict=True):
             inputs = inputs.to(device, copy=True).requires_grad_(True)
             with torch.enable_grad():

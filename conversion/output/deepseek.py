@@ -29,6 +29,9 @@ from .gguf_vocabulary import tokenizer_refusal
 from .reports import Widths
 
 
+# Families that are a dense DeepSeek-V3 but for the attention: two RMSNorms a layer, an MLP with a gate, a plain embedding and head.
+# What is not named here is refused, for what it has beyond that would be lost in silence.
+LIKE_DEEPSEEK = ("llama_mla", "mistral_mla", "qwen2_mla", "qwen3_mla")
 FORMATS = ("deepseek_v3", "gguf")  # which hold the same models, but for their tokenizers
 LIBRARY_EPS = 1e-6  # of the norm on the latent in Transformers' class
 ENGINE_WIDTHS = Widths(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128)  # DeepSeek's own
@@ -41,6 +44,10 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def refusal(config: Any) -> str | None:
     """Why a converted model cannot be written in this layout, by its configuration, or None if it can."""
     served = "vLLM serves the converted checkpoint itself"
+    if getattr(config, "num_experts_per_tok", None):
+        return f"it is a mixture of experts ({config.model_type}); only dense models are written in this layout"
+    if config.model_type not in LIKE_DEEPSEEK:
+        return f"layers of {config.model_type!r} are not those of the layout; it holds {', '.join(LIKE_DEEPSEEK)}"
     if config.attention_bias:
         return f"the attention has biases, which the layout has no place for; {served}"
     if getattr(config, "mlp_bias", False):

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,10 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
     folder.mkdir(parents=True)
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     prefix = FAMILIES[source.config.model_type].attention
-    tensors = {
-        name: TensorHeader(tensor.shape, tensor.dtype if wanted is None else DTYPES[dtype]) for name, tensor in source.kept.items()
-    }
+    kept = source.kept
+    tensors = {name: source.stored.tensors[part] for name, part in kept.items()}
+    if wanted is not None:
+        tensors = {name: replace(tensor, dtype=DTYPES[dtype]) for name, tensor in tensors.items()}
     converted: dict[str, tuple[Path, str]] = {}  # the file of a tensor, and its name there
     for layer in range(config.num_hidden_layers):
         place = prefix.format(layer=layer)
@@ -103,7 +104,7 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
         if name in converted:
             file, inside = converted[name]
             return load_file(file)[inside]
-        return source.load([name], "cpu", wanted)[name]
+        return source.stored.load([kept[name]], "cpu", wanted)[kept[name]]
 
     ShardWriter(folder, tensors).write(read)
     package = Path(hf_mla.__file__).parent

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, brief
-from .families import FAMILIES
-from .gguf_file import GGUFFile, is_gguf
+from .gguf_file import ARCHITECTURES, GGUFFile, is_gguf
 
 
 if TYPE_CHECKING:
@@ -205,7 +204,7 @@ def open_gguf(path: Path, source: str, *, headers_only: bool) -> Checkpoint:
     file = GGUFFile(path, source)
     config = file.config()
     tensors = {name: TensorHeader(file.shape(name), DTYPES[file.dtype], path.name) for name in file.tensors}
-    if headers_only or file.architecture not in FAMILIES:
+    if headers_only or file.architecture not in ARCHITECTURES:
         return GGUFCheckpoint(source, config, tensors, file=file)
     try:
         folder = Path(tempfile.mkdtemp(prefix="hf_mla-"))

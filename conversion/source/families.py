@@ -13,8 +13,8 @@ from ..errors import UserError
 
 QK_NORM_VARIANTS = ("exact", "fold")
 
-# The frequencies of these are a function of base^(-2i/P) alone, so a narrower RoPE computes the first of every fold group.
-ROPE_TYPES = ("default", "linear", "llama3")
+# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `ladder.narrowed`.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 def source_head_dim(config: Any) -> int:
@@ -22,10 +22,61 @@ def source_head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def biased_projections(config: Any) -> tuple[str, ...]:
-    """Which of the projections q, k, v, o of a source have a bias."""
+def kv_heads(config: Any) -> int:
+    """How many key/value heads a source has; not every family has the number in its configuration."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def ropes(config: Any) -> dict[str | None, dict[str, Any]]:
+    """The parameters of RoPE for each type of layers that has its own; under None where all layers have the same."""
+    parameters = config.rope_parameters
+    return {None: parameters} if "rope_type" in parameters else parameters
+
+
+def layer_type(config: Any, layer_idx: int) -> str | None:
+    """Under what a layer's RoPE is in `ropes`."""
+    return None if "rope_type" in config.rope_parameters else config.layer_types[layer_idx]
+
+
+def rope_factor(config: Any, kind: str | None) -> float:
+    """What the cosines and sines of one of `ropes` are multiplied by."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    name = ropes(config)[kind]["rope_type"]
+    return 1.0 if name == "default" else ROPE_INIT_FUNCTIONS[name](config, layer_type=kind)[1]
+
+
+def rotary_width(config: Any) -> int:
+    """How many numbers of a head, its first, are rotated."""
+    return int(source_head_dim(config) * next(iter(ropes(config).values())).get("partial_rotary_factor", 1.0))
+
+
+def mlp_width(config: Any) -> int:
+    """How many numbers a token becomes inside of the widest MLP: of all experts that it goes to, where there are some."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    if not experts:
+        return config.intermediate_size
+    routed = experts * getattr(config, "moe_intermediate_size", config.intermediate_size)
+    shared = getattr(config, "n_shared_experts", 0) or 0
+    beside = shared * getattr(config, "moe_intermediate_size", 0) + getattr(config, "shared_expert_intermediate_size", 0)
+    return max(config.intermediate_size, routed + beside)
+
+
+def caps_scores(config: Any) -> bool:
+    """Whether a source's scores are capped, which SDPA leaves out."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].softcap
+
+
+def has_biases(config: Any) -> bool:
+    """Whether projections of a source's attention, some at least, have a bias."""
     family = FAMILIES[config.model_type]
-    return ("q", "k", "v", "o") if family.bias_option and config.attention_bias else family.biases
+    return family.biased or any(getattr(config, option) for option in family.bias_options)
+
+
+def has_qk_norm(config: Any) -> bool:
+    """Whether queries and keys of a source are normed; in some families that is an option."""
+    option = getattr(config, "use_qk_norm", getattr(config, "qk_layernorm", True))
+    return FAMILIES[config.model_type].qk_norm and option
 
 
 def key_norms(config: Any, qk_norm: str) -> int:
@@ -36,14 +87,16 @@ def key_norms(config: Any, qk_norm: str) -> int:
         qk_norm: "exact" or "fold".
 
     Returns:
-        One for each key/value head where QK-norm is kept exactly, else 0.
+        Where QK-norm is kept exactly, one for each key/value head, or one in all if it is over all heads together; else 0.
 
     Raises:
         UserError: there is no such variant.
     """
     if qk_norm not in QK_NORM_VARIANTS:
         raise UserError(f"--qk-norm is {qk_norm}; allowed: {', '.join(QK_NORM_VARIANTS)}")
-    return config.num_key_value_heads if FAMILIES[config.model_type].qk_norm and qk_norm == "exact" else 0
+    if qk_norm == "fold" or not has_qk_norm(config):
+        return 0
+    return 1 if FAMILIES[config.model_type].joint_norm else kv_heads(config)
 
 
 def refusal(config: Any) -> str | None:
@@ -54,18 +107,24 @@ def refusal(config: Any) -> str | None:
         return f"model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
     if getattr(config, "quantization_config", None):
         return "the checkpoint is quantized; convert the unquantized one and quantize the result"
-    if FAMILIES[config.model_type].qk_norm and biased_projections(config):
-        return "attention_bias is true; with QK-norm a key's bias is scaled from token to token, which the format has no place for"
+    if getattr(config, "clip_qkv", None) is not None:
+        return (
+            f"clip_qkv is {config.clip_qkv}; keys and values that are clipped are no linear function of what enters the attention"
+        )
+    if getattr(config, "qk_layernorm", False) and not FAMILIES[config.model_type].qk_norm:
+        return "qk_layernorm is true; the norm's bias is added to a key after it was scaled, which the format has no place for"
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-        if getattr(config, name) < 1:
+        if getattr(config, name, 1) < 1:
             return f"{name} is {getattr(config, name)}; it must be positive"
-    if config.num_attention_heads % config.num_key_value_heads:
-        return f"{config.num_attention_heads} query heads do not divide among {config.num_key_value_heads} key/value heads"
+    if config.num_attention_heads % kv_heads(config):
+        return f"{config.num_attention_heads} query heads do not divide among {kv_heads(config)} key/value heads"
     if config.max_position_embeddings < 2:
         return f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type not in ROPE_TYPES:
-        return f"rope type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+    for rope in ropes(config).values():
+        if rope["rope_type"] == "dynamic":
+            return "rope type 'dynamic' changes its base with the length of the text, and not as a narrower RoPE would"
+        if rope["rope_type"] not in ROPE_TYPES:
+            return f"rope type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
     width = source_head_dim(config)
     if width < 1 or width % 2:
         return f"head_dim is {width}; it must be positive and even"

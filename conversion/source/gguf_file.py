@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAGIC = b"GGUF"
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # others, of families that are converted too, have other words and tensors
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {  # after blk.N. and model.layers.N.
     "attn_norm": "input_layernorm",
@@ -108,7 +109,7 @@ class GGUFFile:
 
     def rename(self, name: str) -> str:
         """A tensor's name in Transformers; one that is not known stays as it is."""
-        if self.architecture not in FAMILIES:
+        if self.architecture not in ARCHITECTURES:
             return name
         base, _, kind = name.rpartition(".")
         if base in NAMES:
@@ -131,7 +132,12 @@ class GGUFFile:
         """
         from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-        if self.architecture not in FAMILIES:
+        if self.architecture not in ARCHITECTURES:
+            if self.architecture in FAMILIES:
+                raise UserError(
+                    f"{self.source} is of architecture {self.architecture!r}; .gguf files of {', '.join(ARCHITECTURES)} are read: "
+                    "give a checkpoint with safetensors"
+                )
             return type("UnknownConfig", (PreTrainedConfig,), {"model_type": self.architecture})()
         try:
             heads, hidden = self.own("attention.head_count"), self.own("embedding_length")
@@ -151,7 +157,7 @@ class GGUFFile:
                 "architectures": [f"{FAMILIES[self.architecture].mla.removesuffix('MLA')}ForCausalLM"],
                 "dtype": self.dtype,
             }
-            if FAMILIES[self.architecture].bias_option:
+            if FAMILIES[self.architecture].bias_options:
                 fields["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in self.tensors
             if self.architecture == "mistral":  # most say "llama"
                 fields["sliding_window"] = self.own("attention.sliding_window")
@@ -184,6 +190,10 @@ class GGUFFile:
             return found
         if kind in ("none", "default") and factor in (None, 0.0, 1.0):
             return {"rope_type": "default", "rope_theta": theta}
+        if kind not in ("none", "default", "linear"):
+            raise UserError(
+                f"{self.source}: rope type {kind!r} is not supported in .gguf files; supported: default, linear, llama3"
+            )
         return {
             "rope_type": "linear" if kind in ("none", "default") else kind,
             "rope_theta": theta,

@@ -1,14 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models, devices and processes, each there as asked for or refused in one line."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
 from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
-from .matching import match_model
+from .families import caps_scores
+from .matching import experts_option, match_model
+
+
+class Given(nn.Module):
+    """In place of a module, something that is computed already."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """What was given."""
+        return self.output
+
+
+def head_of(model: Any, linear: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Tensor]:
+    """All that a causal language model does after its decoder, multipliers and caps of logits included.
+
+    Args:
+        model: the model.
+        linear: what the module does that makes logits, if that is not its `forward` any more.
+
+    Returns:
+        A function [tokens, D] -> [tokens, vocabulary].
+    """
+
+    def head(states: Tensor) -> Tensor:
+        module, decoder = model.get_output_embeddings(), model.get_decoder()
+        own = vars(decoder).get("forward")
+        model.set_output_embeddings(Given((linear or module)(states.unsqueeze(0))))
+        decoder.forward = Given(MoeModelOutputWithPast(last_hidden_state=states.unsqueeze(0))).forward
+        try:
+            token = torch.zeros(1, 1, dtype=torch.long, device=states.device)
+            return type(model).forward(model, input_ids=token, use_cache=False).logits.squeeze(0)
+        finally:
+            model.set_output_embeddings(module)
+            del decoder.forward
+            if own is not None:
+                decoder.forward = own
+
+    return head
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spread: bool = False) -> Any:
@@ -33,7 +77,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     if dtype == "auto":
         dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
-    options = {"dtype": dtype, "device_map": device_map, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True, **experts_option(dtype)}
+    if caps_scores(checkpoint.config):
+        options["attn_implementation"] = "eager"
     try:
         loaded: Any
         if isinstance(checkpoint.stored, GGUFCheckpoint):

@@ -3,25 +3,37 @@
 
 That is for the library to say, not for this project: how names are mapped (with or without the decoder's prefix, older spellings,
 tensors stored in pieces), which weights are tied, and what is ignored. A matched checkpoint goes by the model's names from there
-on, in the plan, in the layers that are read, and in the output.
+on, in the plan and in the layers that are read. So does the output, but for what the library renames or puts together as it loads
+a family, such as experts: that is written as it was stored, for the library to do the same again.
 """
 
 import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError, brief
-from .checkpoint import ITEMSIZE, Checkpoint, TensorHeader
-from .families import FAMILIES
+from .checkpoint import ITEMSIZE, Checkpoint
+from .families import FAMILIES, caps_scores
 
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Parts = list[tuple[str, str | None]]
-"""What a tensor is made of: names in the files, each with the pattern of the library's converter that takes it, if one does."""
+
+class Part(NamedTuple):
+    """What a tensor is made of, or one piece of it."""
+
+    name: str
+    """In the files."""
+    pattern: str | None
+    """Of the library's converter that takes it, if one does."""
+    written: str | None
+    """Its name in an output, if that is not the model's."""
+
+
+Parts = list[Part]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +58,56 @@ class ModelCheckpoint(Checkpoint):
         return self.stored.paths
 
     @property
-    def kept(self) -> dict[str, TensorHeader]:
-        """The tensors outside of the attention, which conversion leaves as they are."""
+    def written(self) -> dict[str, str]:
+        """What an output holds of this: by the names there, the names in the files."""
+        return {part.written or name: part.name for name in self.tensors for part in self.parts[name]}
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """What of this conversion leaves as it is, which is all outside of the attention; see `written`."""
         layers = range(self.config.num_hidden_layers)
         attention = tuple(FAMILIES[self.config.model_type].attention.format(layer=layer) for layer in layers)
-        return {name: tensor for name, tensor in self.tensors.items() if not name.startswith(attention)}
+        return {name: part for name, part in self.written.items() if not name.startswith(attention)}
 
     def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
         """Read some tensors, or put them together; see `Checkpoint.load`."""
-        whole = {name: self.parts[name][0][0] for name in names if self.parts[name][0][1] is None}
+        whole = {name: self.parts[name][0].name for name in names if self.parts[name][0].pattern is None}
         read = self.stored.load(list(whole.values()), device, dtype)
         made = {name: self.assemble(name, device, dtype) for name in names if name not in whole}
         return made | {name: read[part] for name, part in whole.items()}
 
     def assemble(self, name: str, device: Any, dtype: Any) -> "Tensor":
-        """Make a tensor that is stored in pieces or another layout, such as the experts of a layer."""
-        converter = copy.deepcopy(self.converters[str(self.parts[name][0][1])])
-        for part, pattern in self.parts[name]:
-            converter.add_tensor(name, part, pattern, self.stored.load([part], device, dtype)[part])
+        """Put a tensor together; of experts, one after the other, so that the pieces of one at a time are in memory beside it."""
+        parts = self.parts[name]
+        if not stacks(self.converters[str(parts[0].pattern)]):
+            return self.convert(name, parts, device, dtype)
+        pieces: dict[str | None, Parts] = {}
+        for part in parts:
+            pieces.setdefault(part.pattern, []).append(part)
+        first, *others = zip(*pieces.values(), strict=True)
+        expert = self.convert(name, list(first), device, dtype)
+        whole = expert.new_empty(1 + len(others), *expert.shape[1:])
+        whole[0] = expert[0]
+        for row, group in zip(whole[1:], others, strict=True):
+            row.copy_(self.convert(name, list(group), device, dtype)[0])
+        return whole
+
+    def convert(self, name: str, parts: Parts, device: Any, dtype: Any) -> "Tensor":
+        """Have the library make a tensor of pieces."""
+        converter = copy.deepcopy(self.converters[str(parts[0].pattern)])
+        read = self.stored.load([part.name for part in parts], device, dtype)
+        for part in parts:
+            converter.add_tensor(name, part.name, part.pattern, read.pop(part.name))
         made = converter.convert(name, model=self.model, config=self.config)[name]
         return made[0] if isinstance(made, list) else made
+
+
+def stacks(converter: Any) -> bool:
+    """Whether a converter of the library makes each slice of the first dimension of one piece of each kind: an expert."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = converter.operations
+    return isinstance(first, MergeModulelist) and first.dim == 0 and all(isinstance(o, Concatenate) and o.dim > 0 for o in others)
 
 
 def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
@@ -76,14 +118,19 @@ def empty_model(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
     try:
         kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checkpoint.config)]
-        attention = "sdpa" if kind._supports_sdpa else "eager"
+        attention = "sdpa" if kind._supports_sdpa and not caps_scores(checkpoint.config) else "eager"
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(
-                copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention
+                copy.deepcopy(checkpoint.config), dtype=dtype, attn_implementation=attention, **experts_option(dtype)
             )
     except Exception as error:  # any type: what a configuration can break is up to the library
         raise UserError(f"{checkpoint.name} cannot be loaded: {brief(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def experts_option(dtype: Any) -> dict[str, str]:
+    """How the library computes experts in a type, as an option of its own: by its fastest way, which has no float64, or eagerly."""
+    return {"experts_implementation": "eager"} if str(dtype) in ("torch.float64", "float64") else {}
 
 
 def match_model(checkpoint: Checkpoint) -> ModelCheckpoint:
@@ -110,9 +157,9 @@ def match_model(checkpoint: Checkpoint) -> ModelCheckpoint:
     held = [name for name in model.state_dict() if name in parts]
     parts |= {name: parts[source] for name, source in tied.items() if name not in parts and source in parts}
     check_match(checkpoint, model, parts, others)
-    tensors = {name: checkpoint.tensors[parts[name][0][0]] for name in held}
+    tensors = {name: checkpoint.tensors[parts[name][0].name] for name in held}
     for name in held:
-        if parts[name][0][1] is not None:
+        if parts[name][0].pattern is not None:
             tensors[name] = replace(tensors[name], shape=tuple(model.get_parameter(name).shape))
     config = checkpoint.config
     if any(name in held and not equal(checkpoint, parts[name], parts[source]) for name, source in tied.items()):
@@ -129,7 +176,7 @@ def equal(checkpoint: Checkpoint, first: Parts, second: Parts) -> bool:
 
     if checkpoint.folder is None:
         return True
-    a, b = (checkpoint.load([part], "cpu")[part] for (part, _), *_ in (first, second))
+    a, b = (checkpoint.load([part], "cpu")[part] for part in (first[0].name, second[0].name))
     wide = torch.promote_types(a.dtype, b.dtype)
     return torch.equal(a.to(wide), b.to(wide))
 
@@ -152,14 +199,19 @@ def map_names(checkpoint: Checkpoint, model: Any) -> tuple[dict[str, Parts], dic
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     wanted = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
     parts: dict[str, Parts] = {}
     others = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):  # the order in which pieces are put together
+        renamed, _ = rename_source_key(name, renamings, converters)
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
+        written = None
         if target not in wanted and name in wanted:
             target, pattern = name, None
+        elif renamed != name:  # and not only by the decoder's prefix
+            written = prefix + name if target == prefix + renamed else name
         if target in wanted:
-            parts.setdefault(target, []).append((name, pattern))
+            parts.setdefault(target, []).append(Part(name, pattern, written))
         else:
             others[target] = name
     return parts, {pattern: converter for converter in converters for pattern in converter.source_patterns}, others
@@ -181,7 +233,7 @@ def check_match(checkpoint: Checkpoint, model: Any, parts: dict[str, Parts], oth
         UserError: it cannot be converted.
     """
     stored, wanted = checkpoint.tensors, model.state_dict()
-    for part in (part for pieces in parts.values() for part, _ in pieces):
+    for part in (piece.name for pieces in parts.values() for piece in pieces):
         if stored[part].dtype not in ITEMSIZE:
             raise UserError(
                 f"{checkpoint.name}: {part} is stored as {stored[part].dtype}; supported: {', '.join(ITEMSIZE)} (unquantized)"
@@ -217,13 +269,17 @@ def check_match(checkpoint: Checkpoint, model: Any, parts: dict[str, Parts], oth
         raise UserError(
             f"{checkpoint.name} holds, beyond what its config.json describes, {listed([others[name] for name in extra])}"
         )
-    for name in wanted:
-        (part, pattern), *more = parts[name]
+    for name, empty in wanted.items():
+        (part, pattern, _), *more = parts[name]
         if pattern is None and more:
-            raise UserError(f"{checkpoint.name} holds both {part} and {more[0][0]}, which are the same weight")
-        if pattern is None and stored[part].shape != tuple(wanted[name].shape):
+            raise UserError(f"{checkpoint.name} holds both {part} and {more[0].name}, which are the same weight")
+        if pattern is None and stored[part].shape != tuple(empty.shape):
+            raise UserError(f"{checkpoint.name}: {part} is {list(stored[part].shape)}, config.json announces {list(empty.shape)}")
+        held = sum(stored[piece.name].parameters for piece in parts[name])
+        if held != empty.numel():
             raise UserError(
-                f"{checkpoint.name}: {part} is {list(stored[part].shape)}, config.json announces {list(wanted[name].shape)}"
+                f"{checkpoint.name}: {listed([piece.name for piece in parts[name]])} hold {held:,} numbers, "
+                f"config.json announces {empty.numel():,} ({name})"
             )
 
 

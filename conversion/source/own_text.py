@@ -26,9 +26,12 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_mla.cache_mla import CACHE_NAME
+
 from ..errors import UserError
 from .checkpoint import Checkpoint, load_file, save_file
-from .loading import compute_dtype, free_memory, load_model
+from .families import kv_heads
+from .loading import compute_dtype, free_memory, head_of, load_model
 
 
 logger = logging.getLogger(__name__)
@@ -88,6 +91,9 @@ def grouped_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token; the heads that share keys are taken as tokens, so the keys are read once for all of them.
@@ -101,12 +107,27 @@ def grouped_attention(
         value: [B, g, T, d].
         attention_mask: None, or broadcastable to [B, 1, 1, T].
         scaling: factor on the scores.
+        sliding_window: how many tokens it attends to, None for all.
+        softcap: what scores are capped at.
+        s_aux: [H], sinks.
         **kwargs: for other kinds of attention.
 
     Returns:
         The output [B, 1, H, d], and None for the weights.
     """
+    if sliding_window is not None and attention_mask is not None:
+        places = torch.arange(key.shape[2], device=key.device)
+        attention_mask = attention_mask & (places > attention_mask.sum() - 1 - sliding_window)
     rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, g, H / g, d]
+    if softcap is not None or s_aux is not None:
+        scores = rows @ key.mT * scaling  # [B, g, H / g, T]
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if attention_mask is not None else scores
+        if s_aux is not None:
+            sinks = s_aux.to(scores.dtype).view(1, *rows.shape[1:3], 1).expand(len(rows), -1, -1, -1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)[..., : key.shape[2]]
+        return (weights @ value).flatten(1, 2).unsqueeze(1), None
     output = nn.functional.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     return output.flatten(1, 2).unsqueeze(1), None
 
@@ -195,7 +216,7 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
 def sequences_at_once(config: Any, length: int, device: torch.device, itemsize: int) -> int:
     """How many sequences fit in memory, at most as many as are worth it; an even number."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * length * itemsize
+    cached = 2 * config.num_hidden_layers * kv_heads(config) * head_dim * length * itemsize
     fitting = int(MEMORY_SHARE * free_memory(device) / (cached + 12 * config.vocab_size))
     return max(2, min(MOST_SEQUENCES[device.type], fitting) // 2 * 2)
 
@@ -241,8 +262,10 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, w
 
     def step() -> Tensor:
         mask = torch.arange(layers[0].stop, device=device) <= position
-        return model.model(tokens.unsqueeze(1), mask.view(1, 1, 1, -1), position.unsqueeze(0), cache).last_hidden_state[:, -1]
+        place = {"attention_mask": mask.view(1, 1, 1, -1), "position_ids": position.unsqueeze(0), CACHE_NAME: cache}
+        return model.get_decoder()(input_ids=tokens.unsqueeze(1), **place).last_hidden_state[:, -1]
 
+    head = head_of(model)
     before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
     replay = step
     try:
@@ -258,7 +281,7 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, w
                         layer.stop = place + BLOCK
                     if device.type == "cuda":
                         replay = captured(step)
-                tokens.copy_(scribe.next(draw(model.lm_head(replay()), generator)))  # [B, D] -> [B]
+                tokens.copy_(scribe.next(draw(head(replay()), generator)))  # [B, D] -> [B]
     finally:
         model.config._attn_implementation = before
     return ids.cpu()

@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..errors import brief
@@ -24,8 +25,11 @@ from ..mathematics.closed_form import keep_closed_form, make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
 from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
+from ..source.attention import attention_of
 from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
+from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
+from ..source.matching import ModelCheckpoint
 
 
 RATES = {"lora": 1e-3, "attention": 1e-3, "all": 2.5e-4}
@@ -194,7 +198,7 @@ def memory(
     (weights, theirs, trained), lora = numbers, training.what == "lora"
     width = 2 if device.type == "cuda" else 4  # of an activation
     heads, hidden = config.num_attention_heads, config.hidden_size
-    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * config.intermediate_size
+    layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * mlp_width(config)
     kept = config.num_hidden_layers * (hidden if training.gradient_checkpointing else layer)
     kept += layer if training.gradient_checkpointing else 0
     head = 0 if lora or training.what == "attention" else config.vocab_size * hidden * 8  # its gradient, and a chunk's share of it
@@ -222,8 +226,8 @@ def disk_estimate(model: int, trained: int) -> int:
 
 def prepare(student: Any, training: Training) -> Any:
     """Choose what is trained; for "lora", put adapters on all linear layers but the head."""
-    for layer in student.model.layers:
-        make_trainable(layer.self_attn)
+    for layer in student.get_decoder().layers:
+        make_trainable(attention_of(layer))
     if training.what == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -232,7 +236,7 @@ def prepare(student: Any, training: Training) -> Any:
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(student, config)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(training.what == "all" or ".self_attn." in name)
+        parameter.requires_grad_(training.what == "all" or f".{student.config.family.attention_name}." in name)
     return student
 
 
@@ -282,7 +286,7 @@ def training_arguments(folder: Path, training: Training, device: torch.device, r
     )
 
 
-def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> Path:
+def write_trained(checkpoint: ModelCheckpoint, folder: Path, training: Training) -> Path:
     """Write the trained checkpoint: the best weights, merged, each in the type it was stored in; all else as it was.
 
     Args:
@@ -300,9 +304,10 @@ def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> P
     assert not unexpected and not {name for name, p in trained.named_parameters() if p.requires_grad} & set(missing)
     if training.what == "lora":
         trained = trained.merge_and_unload()
-    for layer in trained.model.layers:
-        if layer.self_attn.kv_a_layernorm.variance_epsilon != trained.config.kv_a_layernorm_eps:  # see `make_trainable`
-            keep_closed_form(layer.self_attn, trained.config.kv_a_layernorm_eps)
+    for layer in trained.get_decoder().layers:
+        attention = attention_of(layer)
+        if attention.kv_a_layernorm.variance_epsilon != trained.config.kv_a_layernorm_eps:  # see `make_trainable`
+            keep_closed_form(attention, trained.config.kv_a_layernorm_eps)
     output = folder / "output"
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
@@ -312,8 +317,10 @@ def write_trained(checkpoint: Checkpoint, folder: Path, training: Training) -> P
         # Contents only: the modes of a read-only checkpoint would keep the card from being written.
         copy = partial(shutil.copytree, copy_function=shutil.copyfile) if entry.is_dir() else shutil.copyfile
         copy(entry, output / entry.name)
-    state, types = trained.state_dict(), {header: getattr(torch, name) for name, header in DTYPES.items()}
-    ShardWriter(output, checkpoint.tensors).write(lambda name: state[name].to(types[checkpoint.tensors[name].dtype]))
+    tensors = {name: checkpoint.stored.tensors[part] for name, part in checkpoint.written.items()}
+    state = revert_weight_conversion(trained, trained.state_dict())  # experts one by one, say, as the library would save them
+    types = {header: getattr(torch, name) for name, header in DTYPES.items()}
+    ShardWriter(output, tensors).write(lambda name: state[name].to(types[tensors[name].dtype]))
     return output
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_mla.layer_mla import MLAAttention
+from hf_mla.layer_mla import MLAAttention, rotary_embedding
 
 from ..errors import UserError
 from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
@@ -33,7 +33,9 @@ from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
+from ..source.attention import attention_of
 from ..source.checkpoint import load_file, save_file
+from ..source.families import layer_type
 from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
@@ -246,9 +248,8 @@ class Job:
         Returns:
             The converted attention, its errors, and its spectrum.
         """
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
         call = self.stream.calls[index]
-        position_embeddings = rotary(states[:1, :, :1].to(self.device), call["position_ids"])
+        position_embeddings = self.rotation(config, index, states)
         first = None
         if firsts is not None:
             cut = tuple(part[:, : firsts.shape[1]] for part in position_embeddings)
@@ -265,7 +266,7 @@ class Job:
                 x, *_ = first.batch(part)
                 moment += FIRST_SHARE * second_moment(x) / first.states[..., 0].numel()
         mla, spectrum = convert_attention(
-            layer.self_attn, LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
+            attention_of(layer), LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
         )
         task.fit_output(mla, fit)
         closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
@@ -297,6 +298,13 @@ class Job:
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
+    def rotation(self, config: Any, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for a layer of a converted model, for one sequence as long as those of hidden states."""
+        rotary = rotary_embedding(config, type(self.stream.rotary)).to(self.device)
+        place = states[:1, :, :1].to(self.device), self.stream.calls[index]["position_ids"]
+        kind = layer_type(config, index)
+        return rotary(*place) if kind is None else rotary(*place, kind)
+
     def reports(self, config: Any) -> tuple[list[LayerReport], list[list[float]]]:
         """The reports and spectra of all layers of a converted model, as they were kept."""
         from safetensors import safe_open
@@ -316,19 +324,19 @@ class Job:
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
-        rotary = type(self.stream.rotary)(config=config).to(self.device)
         for index in tqdm(range(len(self.stream)), desc="measuring", unit="layer"):
             call = self.stream.calls[index]
-            embeddings = rotary(source[:1, :, :1].to(self.device), call["position_ids"])
+            embeddings = self.rotation(config, index, source)
             mla = MLAAttention(config, index)
             mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
-                original, layer.self_attn = layer.self_attn, mla.to(self.device, self.stream.dtype).eval()
+                name, original = config.family.attention_name, attention_of(layer)
+                setattr(layer, name, mla.to(self.device, self.stream.dtype).eval())
                 try:
                     advance(layer, call | {"position_embeddings": embeddings}, converted, self.batch, self.device)
                 finally:
-                    layer.self_attn = original
+                    setattr(layer, name, original)
         comparisons = {name: Comparison() for name in self.held}
         names = [name for name, held in self.held.items() for _ in held]
         with self.stream.head() as head:

@@ -1,0 +1,241 @@
+"""The attention of every family, read into one form and converted at full rank, against the library's own, in float64."""
+
+import sys
+
+import pytest
+import torch
+from conftest import LLAMA3_ROPE, MODEL
+from families import EXACT, NARROW, SHAPE, TYPES, YARN, converted_model, distance, every_case, make, one_case_a_family
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    StaticCache,
+    TrainingArguments,
+)
+from transformers.masking_utils import eager_mask
+
+import hf_mla
+from hf_mla import MLACache, attention_mla
+from hf_mla.layer_mla import rotary_embedding
+from hf_mla_conversion import convert
+from hf_mla_conversion.mathematics.closed_form import mla_config
+from hf_mla_conversion.mathematics.distill import DistillationTrainer
+from hf_mla_conversion.mathematics.moments import hooks
+from hf_mla_conversion.source import own_text
+from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, watch_gradients
+from hf_mla_conversion.source.families import refusal, ropes
+from hf_mla_conversion.source.loading import head_of
+
+
+@every_case
+@torch.no_grad()
+def test_logits_equal_the_originals_in_float64(unrounded, model_type, changes, rank, rope_dim):
+    original = make(model_type, changes)
+    converted = converted_model(original, rank, rope_dim)
+    ids = torch.randint(3, 256, (2, 48))
+    expected = original(ids).logits
+    assert expected.std() > 0.1
+    assert distance(converted(ids).logits, expected) < 1e-9
+    # Token by token, through every cache and the absorbed path.
+    caches = [DynamicCache(config=converted.config), DynamicCache(), MLACache(converted.config)]
+    caches += [StaticCache(converted.config, 60), MLACache(converted.config, 60)]
+    for cache in caches:
+        parts = [converted(part, cache=cache).logits for part in ids.split([36, *[1] * 12], dim=1)]
+        assert distance(torch.cat(parts, 1), expected) < 1e-9, cache
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0], "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 4.5]}
+BY_TYPE = {"sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}, "full_attention": YARN}
+SCALED = {  # model type, what is not as in `SHAPE`, qk_rope_head_dim
+    "YaRN": ("llama", {"rope_parameters": YARN}, 4),
+    "YaRN, not truncated": ("llama", {"rope_parameters": {**YARN, "truncate": False}}, 4),
+    "YaRN, wide": ("llama", {"head_dim": 128, "rope_parameters": {**YARN, "rope_theta": 1e6, "factor": 32.0}}, 16),
+    "YaRN of one type of layers": ("olmo3", {**TYPES, **NARROW, "rope_parameters": BY_TYPE}, 4),
+    "longrope of a part": ("phi3", {**NARROW, "rope_parameters": {**LONGROPE, "partial_rotary_factor": 0.75}}, 4),
+    "llama3": ("llama", {"rope_parameters": LLAMA3_ROPE}, 4),
+}
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_a_narrower_rope_turns_as_every_fold_groups_first_pair(model_type, changes, rope_dim):
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    converted = mla_config(config, 16, rope_dim, "float32")
+    own = AutoModelForCausalLM.from_config(config).base_model.rotary_emb
+    narrow = rotary_embedding(converted, type(own))
+    for length in (16, 200):  # within and beyond the context of training
+        place = torch.zeros(1), torch.arange(length).unsqueeze(0)
+        for kind in ropes(config):
+            before, after = (rotary(*place) if kind is None else rotary(*place, kind) for rotary in (own, narrow))
+            for wide, narrower in zip(before, after, strict=True):
+                assert narrower.shape[-1] == rope_dim
+                folded = wide.chunk(2, -1)[0][..., :: wide.shape[-1] // rope_dim]
+                assert torch.allclose(narrower.chunk(2, -1)[0], folded, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+@torch.no_grad()
+def test_what_loses_its_rotation_keeps_its_factor(unrounded, model_type, changes, rope_dim):
+    """With all tokens at place 0 RoPE is a factor, and heads that share no rotary key are exact."""
+    original = make(model_type, changes, mix=False)
+    converted = converted_model(original, 64, rope_dim)
+    ids = torch.randint(3, 256, (2, 24))
+    place = {"position_ids": torch.zeros_like(ids), "attention_mask": torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()}
+    expected = original(ids, **place).logits
+    assert distance(converted(ids, **place).logits, expected) < 1e-9
+    assert distance(converted(ids).logits, original(ids).logits) > 1e-3  # else nothing would have been shown
+
+
+KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero")  # of NumPy, in Triton's interpreter, where a split is empty
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_expanded_absorbed_and_kernel_agree(name, monkeypatch):
+    model_type, changes, *_ = EXACT[name]
+    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    config = mla_config(AutoConfig.for_model(model_type, **shape), 24, 8, "float32")
+    model = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.15 * torch.randn_like(parameter))
+    ids = torch.randint(3, 256, (2, 40))
+    expected = model(ids, use_cache=False).logits
+    calls = []
+    decode = attention_mla.latent_decode
+    monkeypatch.setattr(attention_mla, "latent_decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    for in_kernel in (False, True):
+        monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, value=in_kernel: value)
+        cache = MLACache(config)
+        parts = [model(part, cache=cache).logits for part in ids.split([30, *[2] * 5], dim=1)]
+        assert distance(torch.cat(parts, 1), expected) < 1e-4 * expected.std()
+        assert len(calls) == 10 * in_kernel
+
+
+@pytest.mark.parametrize("name", ["Phi3", "Gemma3", "Olmo2", "Cohere2", "GPTNeoX", "StableLm, norms", "Glm4Moe"])
+def test_gradients_at_keys_and_values_are_those_that_attention_gets(name, unrounded):
+    """At place 0 RoPE changes nothing, so keys are to the attention function what they were before."""
+    model_type, changes, *_ = EXACT[name]
+    model, got, given = make(model_type, changes), {}, []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        for tensor in (key, value):  # [B, g, T, d]
+            tensor.retain_grad()
+            given.append(tensor)
+        return sys.modules[type(module).__module__].eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("watched", attention)
+    AttentionMaskInterface.register("watched", eager_mask)
+    model.set_attn_implementation("watched")
+    module = attention_of(model.base_model.layers[1])
+    handles = watch_gradients(module, 12, lambda gradient: got.update(keys=gradient), lambda gradient: got.update(values=gradient))
+    ids = torch.randint(3, 256, (3, 12))
+    with hooks(handles):
+        causal = torch.full((12, 12), torch.finfo(torch.float64).min, dtype=torch.float64).triu(1).expand(3, 1, 12, 12)
+        model(ids, attention_mask=causal, position_ids=torch.zeros_like(ids), use_cache=False).logits.square().sum().backward()
+    key, value = (tensor.grad.transpose(1, 2) for tensor in given[-2:])
+    assert torch.allclose(got["keys"], key[..., pair_order(model.config)].flatten(2))
+    assert torch.allclose(got["values"], value.flatten(2))
+    assert key.std() > 0 and value.std() > 0
+
+
+@one_case_a_family
+def test_conversion(tmp_path, model_type, changes, rank, rope_dim):
+    """Converted by the program, a model loads, is as the original, generates, and is the same when saved and loaded again."""
+    original = make(model_type, changes | {"vocab_size": 4096}).float()
+    original.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "source")
+    sizes = {"kv_lora_rank": min(rank, original.config.hidden_size), "qk_rope_head_dim": rope_dim}
+    convert(str(tmp_path / "source"), str(tmp_path / "mla"), calibration_tokens=512, window=128, steps=0, device="cpu", **sizes)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "mla").eval()
+    ids = torch.randint(3, 4096, (2, 24))
+    with torch.no_grad():
+        expected = original(ids).logits
+        assert distance(converted(ids).logits, expected) < 1e-3 * expected.std()
+    tokens = converted.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, original.generate(ids, max_new_tokens=8, do_sample=False))
+    converted.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again.generate(ids, max_new_tokens=8, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "SmolLM3", "GPTNeoX", "GptOss"])
+def test_own_text_is_what_the_library_generates(name, monkeypatch):
+    monkeypatch.setattr(own_text, "draw", lambda logits, _generator: logits.argmax(-1))
+    monkeypatch.setattr(own_text, "BLOCK", 16)
+    model_type, changes, *_ = EXACT[name]
+    model = make(model_type, changes | {"vocab_size": 4096, "eos_token_id": 4095})
+    ids = own_text.write_text(model, AutoTokenizer.from_pretrained(MODEL), 3, 40, seed=3)
+    for row in ids:
+        expected = model.generate(row[None, :1], max_new_tokens=39, do_sample=False, eos_token_id=None)[0]
+        stop = min([*(row == 1).nonzero().flatten().tolist(), 40])
+        assert row[:stop].tolist() == expected[:stop].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        ("Gemma2", "pre_feedforward_layernorm"),
+        ("Olmo2", "mlp"),
+        ("Phi3", "post_attention_layernorm"),
+        ("Glm4", "post_attention_layernorm"),
+    ],
+)
+@torch.no_grad()
+def test_what_a_layer_adds_for_its_attention(name, after):
+    model_type, changes, *_ = EXACT[name]
+    model, seen = make(model_type, changes), []
+    layer = model.base_model.layers[0]
+    layer.get_submodule(after).register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    layer.register_forward_hook(lambda _module, args, kwargs, _output: seen.append((args[0], kwargs)), with_kwargs=True)
+    model(torch.randint(3, 256, (2, 12)), use_cache=False)
+    stream, (states, call) = seen
+    x, y = attend(layer, states, call)
+    assert len(seen) == 2  # the rest of the layer did not run
+    assert torch.allclose(states + added(layer, y), stream)
+    assert torch.equal(y, attention_of(layer)(hidden_states=x, **call)[0])
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "Phi", "Olmoe"])
+@torch.no_grad()
+def test_what_comes_after_the_decoder(name):
+    model_type, changes, *_ = EXACT[name]
+    model, ids = make(model_type, changes), torch.randint(3, 256, (2, 12))
+    states = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    expected = model(ids, use_cache=False).logits
+    assert torch.equal(head_of(model)(states[1]), expected[1])
+    assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "GPTNeoX"])
+def test_the_loss_of_a_training_is_of_logits_as_they_are_predicted(name, tmp_path):
+    model_type, changes, *_ = EXACT[name]
+    teacher, ids = make(model_type, changes), torch.randint(3, 256, (2, 12))
+    student = converted_model(teacher, 16, 4)
+    with torch.no_grad():
+        ours, theirs = student(ids).logits, teacher(ids).logits
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = DistillationTrainer(teacher=teacher, folder=tmp_path, model=student, args=arguments)
+    expected = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    with torch.no_grad():
+        assert torch.allclose(trainer.compute_loss(student.eval(), {"input_ids": ids}).double(), expected, rtol=1e-5)
+    ours, theirs = (logits.flatten(0, 1).log_softmax(-1) for logits in (ours, theirs))
+    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    assert torch.allclose(trainer.compute_loss(student.train(), {"input_ids": ids}).double(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "reason"),
+    [
+        ("olmoe", {"clip_qkv": 3.0}, "clip_qkv is 3.0"),
+        ("phi", {"qk_layernorm": True}, "the norm's bias is added"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' changes its base"),
+    ],
+)
+def test_what_is_only_approximate_is_refused(model_type, changes, reason):
+    assert reason in refusal(AutoConfig.for_model(model_type, **changes))
