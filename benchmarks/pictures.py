@@ -114,7 +114,7 @@ def native_model(result: dict[str, Any]) -> Figure | None:
     for row in result["rows"]:
         if row.get("speedup"):
             lines.setdefault((row["model"], row["batch"]), []).append(row)
-    (model, batch), rows = max(lines.items(), key=lambda line: len(line[1]))
+    (model, batch), rows = max(lines.items(), key=lambda line: len(line[1]), default=(("", 0), []))
     if len(rows) < 2:
         return None
     rows.sort(key=lambda row: row["context"])
@@ -128,6 +128,7 @@ def native_model(result: dict[str, Any]) -> Figure | None:
     for row in rows:
         at = (row["context"], row["milliseconds_per_token"]["sdpa"])
         axes.annotate(f"x {row['speedup']:.3g}", at, (-5, 5), textcoords="offset points", ha="right")
+    axes.margins(x=0.1)
     axes.set(xscale="log", yscale="log", xlabel=f"tokens of context, of {batch} sequences each", ylabel="milliseconds a token")
     axes.set(title=f"A {model} of 8B width, {result['machine']['device']}")
     axes.xaxis.set_major_locator(FixedLocator(contexts))

@@ -176,13 +176,29 @@ def test_pictures(pictures):
     assert all(axes.get_xlabel() and axes.get_ylabel() for axes in (divergence, ratio, axes))
 
 
+def test_picture_of_native_models(pictures):
+    def row(model, batch, context, native, ours):
+        times = {"sdpa": native, "hf_mla": ours}
+        speedup = native / ours if native else None
+        return {"model": model, "batch": batch, "context": context, "milliseconds_per_token": times, "speedup": speedup}
+
+    rows = [row("wide", 16, 4096, 20.0, 2.0), row("wide", 1, 4096, 3.0, 2.0), row("wide", 16, 1024, 6.0, 2.0)]
+    rows += [row("wide", 16, 8192, None, 3.0), {"model": "other", "batch": 16, "context": 1024, "error": "no memory"}]
+    (axes,) = pictures["native_model"]({"machine": {"device": "Some GPU"}, "rows": rows}).axes
+    assert drawn(axes) == {"sdpa": [(1024, 6), (4096, 20)], "hf_mla": [(1024, 2), (4096, 2)]}
+    assert {text.get_text() for text in axes.texts} == {"sdpa", "hf_mla", "x 3", "x 10"} and "Some GPU" in axes.get_title()
+    assert pictures["native_model"]({"rows": rows[:2]}) is None
+
+
 def test_pictures_are_of_what_there_is(pictures, tmp_path):
     closed = [layer | {"error_reconstructed": None, "steps_kept": 0} for layer in LAYERS]
     result = {"conversions": [conversion(88, layers=closed)]}
     assert list(drawn(pictures["layer_errors"](result).axes[0])) == ["closed form"]
-    pictures["draw_all"](result, tmp_path / "docs")
+    (tmp_path / "real_model.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "native_model.json").write_text(json.dumps({"rows": []}), encoding="utf-8")
+    pictures["draw_all"](tmp_path, tmp_path / "docs")
     (file,) = (tmp_path / "docs").iterdir()
     before = file.read_bytes()
     assert file.name == "layer_errors.svg" and b"</svg>" in before
-    pictures["draw_all"](result, tmp_path / "docs")
+    pictures["draw_all"](tmp_path, tmp_path / "docs")
     assert file.read_bytes() == before

@@ -36,6 +36,7 @@ from ..source.text import calibration_windows
 from ..source.tokenizer import load_tokenizer
 from ..stages.end_to_end import (
     EVALUATIONS,
+    MOST_WRITTEN,
     RATES,
     STEP_TOKENS,
     TIMES_READ,
@@ -161,7 +162,7 @@ def convert(
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
     share = tokens // len(names)
-    most_own = max(share, heal_tokens // TIMES_READ) if OWN_TEXT in names else 0
+    most_own = max(share, min(heal_tokens // TIMES_READ, MOST_WRITTEN)) if OWN_TEXT in names else 0
     room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, most_own)
     if heal_tokens:
         room += planned.bytes_written + training_disk(numbers, numbers)
@@ -179,7 +180,7 @@ def convert(
         if name != OWN_TEXT
     }
     trained_on = tokens_of_each([*(windows.numel() for windows in texts.values()), math.inf], heal_tokens)
-    own = max(share, trained_on[-1] // TIMES_READ)  # the more, the shorter the others are
+    own = max(share, min(trained_on[-1] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,

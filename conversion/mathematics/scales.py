@@ -21,7 +21,7 @@ class Scale:
     batch: int
     """Of a pass without training, or one sequence."""
     first: int
-    """Different tokens that are seen as the first of a sequence, at most."""
+    """Different tokens that are seen as the first of a sequence, at most; as many again are drawn from the text."""
     fit: int
     """For least squares; few would undo a part of a long reconstruction."""
 

@@ -38,6 +38,7 @@ MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the res
 EVALUATIONS = 20
 TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
+MOST_WRITTEN = 1 << 23  # tokens of own text; writing one takes as long as training on two
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
 
 

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 FIRST_LENGTH = 64  # tokens in a sequence of which each sees itself alone, as if it came first
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
-TIE = 0.03  # of the error that a split is tried with: another text changes as much
+TIE = 0.1  # of the error of a split: what a wider rotary key is worth in contexts longer than the calibration's sequences
 
 
 @contextmanager
@@ -114,8 +114,11 @@ class Job:
         alone = torch.full((1, 1, length, length), torch.finfo(self.stream.dtype).min, dtype=self.stream.dtype, device=self.device)
         alone.diagonal(dim1=2, dim2=3).zero_()
         self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
-        tokens = self.windows.unique()
-        tokens = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(self.seed))[: self.scale.first]]
+        generator, text = torch.Generator().manual_seed(self.seed), self.windows.flatten()
+        tokens = text.unique()
+        tokens = tokens[torch.randperm(len(tokens), generator=generator)[: self.scale.first]]
+        # And as often as the text has them: a few words begin many sequences.
+        tokens = torch.cat([tokens, text[torch.randint(len(text), (len(tokens),), generator=generator)]])
         self.firsts = tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
         self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
 
@@ -348,7 +351,7 @@ class Job:
 
 
 def best_split(candidates: list[Candidate]) -> Candidate:
-    """The split of a budget with the least error, or one as good with a wider rotary key: longer training gains more there."""
+    """The split of a budget with the least error, or one nearly as good with a wider rotary key: it reaches further back."""
     least = min(candidate.error for candidate in candidates)
     return max((c for c in candidates if c.error <= least * (1 + TIE)), key=lambda candidate: candidate.qk_rope_head_dim)
 
