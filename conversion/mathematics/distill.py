@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError
 from ..source.checkpoint import save_file
@@ -43,6 +44,33 @@ def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor
     ours, theirs = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
     total = nn.functional.kl_div(ours, theirs, log_target=True, reduction="sum")
     return total, ((ours.exp() - theirs.exp()) / positions).to(student.dtype)
+
+
+def finish(model: Any, products: Tensor) -> Tensor:
+    """What a language model makes of its head's products [..., vocabulary]: its logits, which some families scale or cap.
+
+    Args:
+        model: of the library or with MLA; its own forward pass is run, with a decoder and a head that compute nothing.
+        products: of hidden states with the head's weights.
+
+    Returns:
+        Logits, of the same shape.
+    """
+    states = products.reshape(1, -1, products.shape[-1])
+    kept = dict(model.named_children())
+    decoder, head = model.base_model, model.get_output_embeddings()
+    # In the modules' places, so that no hook of theirs is called: shards are gathered by such.
+    stand_ins: dict[Any, Any] = {
+        decoder: lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=states),
+        head: lambda states: states,
+    }
+    modules: dict[str, Any] = model._modules
+    modules |= {name: stand_ins[module] for name, module in kept.items() if module in stand_ins}
+    try:
+        # Not `model.forward`: Accelerate makes all that comes out of that float32.
+        return type(model).forward(model, inputs_embeds=states, use_cache=False).logits.view_as(products)
+    finally:
+        modules |= kept
 
 
 class ChunkedDivergence(torch.autograd.Function):
@@ -106,6 +134,7 @@ class DistillationTrainer(Trainer):
         self.teacher = teacher.to(self.args.device)
         self.folder = folder
         student: Any = self.model
+        self._student = student.get_base_model() if hasattr(student, "merge_and_unload") else student
         if not hasattr(student, "merge_and_unload"):
             # The Trainer goes on from what it saves by the model's own names; experts, for one, have others in a checkpoint.
             student.save_pretrained = functools.partial(student.save_pretrained, save_original_format=False)
@@ -117,7 +146,10 @@ class DistillationTrainer(Trainer):
             layer.register_forward_hook(lambda _module, _args, output: self._watch(output))
         # The loss is computed in the head's place, inside the model's forward pass: what shards or casts weights does it there.
         self._head = student.get_output_embeddings()
-        self._logits, self._head.forward = self._head.forward, self._loss
+        self._products, self._head.forward = self._head.forward, self._loss
+        nothing = torch.zeros(1, device=self.args.device, requires_grad=True)
+        with torch.enable_grad():  # what the loss will be multiplied by on its way out
+            self._slope = torch.autograd.grad(finish(self._student, nothing), nothing)[0].squeeze()
         self._divergence = divergence
         if self.args.device.type == "cuda" and self.args.world_size == 1:
             # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
@@ -129,10 +161,22 @@ class DistillationTrainer(Trainer):
         if self._watched is not None:
             self._watched.append(output[0] if isinstance(output, tuple) else output)
 
+    def _logits(self, states: Tensor) -> Tensor:
+        return finish(self._student, self._products(states))
+
+    def _teacher_logits(self, states: Tensor) -> Tensor:
+        return finish(self.teacher, self.teacher.get_output_embeddings()(states))
+
     def _loss(self, states: Tensor) -> Tensor:
+        """The loss in place of the head's products; what leaves here is zero, with its gradient: a cap leaves that as it is."""
+        loss = self._loss_of(states)
+        self._value = loss.detach()
+        return loss - self._value
+
+    def _loss_of(self, states: Tensor) -> Tensor:
         ids, target = self._batch
         if target is not None:
-            functions = self._logits, self.teacher.get_output_embeddings(), self._divergence
+            functions = self._logits, self._teacher_logits, self._divergence
             return ChunkedDivergence.apply(functions, states.flatten(0, 1), target.flatten(0, 1), *self._head.parameters())
         states, targets = states[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         losses = [
@@ -149,7 +193,7 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         self._batch, self._watched = (ids, target), []  # references to tensors that the backward pass keeps anyway
-        loss = model(input_ids=ids, use_cache=False).logits
+        loss = model(input_ids=ids, use_cache=False).logits / self._slope + self._value
         watched, self._watched = self._watched, None  # gradient checkpointing runs the layers again, unwatched
         self._finite = self.state.global_step, torch.stack([*(output.isfinite().all() for output in watched), loss.isfinite()])
         if not model.training:
