@@ -1,5 +1,6 @@
 """Mixtures of experts keep their experts as they are stored, and models with MLA load them as the library's own do."""
 
+import shutil
 import subprocess
 import sys
 import weakref
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import VALIDATION, make_source
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_mla.configuration_mla import FAMILIES as TABLE
 from hf_mla.configuration_mla import config_class
 from hf_mla_conversion import convert, export, heal, info, plan, verify
+from hf_mla_conversion.errors import UserError
 from hf_mla_conversion.mathematics.distill import Healing
 from hf_mla_conversion.output.deepseek import LIKE_DEEPSEEK, possible_exports
 from hf_mla_conversion.source.checkpoint import open_checkpoint
@@ -142,6 +144,16 @@ def test_healing_goes_on_with_the_experts_that_it_has_trained(short, tmp_path, m
     resumed, whole = (heal(out, str(tmp_path / name), learning_rate=1e-2, **options) for name in ("resumed", "whole"))
     first, second = ([entry["perplexity"] for entry in report.history if "perplexity" in entry] for report in (resumed, whole))
     assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_an_expert_that_is_missing_is_said_in_one_line(short, tmp_path):
+    source = shutil.copytree(short[0], tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.11.up_proj.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(UserError, match=r"0.gate_proj.weight and 22 more hold 26,496 numbers, config.json announces 27,648"):
+        plan(str(source))
+    assert not info(str(source))["supported"]
 
 
 class LiveBytes(TorchDispatchMode):

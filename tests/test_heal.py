@@ -19,8 +19,10 @@ from hf_mla_conversion import UserError, convert, heal
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
-from hf_mla_conversion.mathematics.distill import ChunkedDivergence, divergence
+from hf_mla_conversion.mathematics.distill import ChunkedDivergence, DistillationTrainer, divergence
+from hf_mla_conversion.source.matching import match_model
 from hf_mla_conversion.source.text import BUNDLED
+from hf_mla_conversion.stages.end_to_end import Training, Windows, training_arguments
 
 
 CALIBRATION = str(BUNDLED / "calibration.txt.xz")
@@ -64,6 +66,41 @@ def test_the_divergence_is_pytorchs(trained):
     wanted = [states, *student.parameters()] if trained else [states]
     for slope, reference in zip(torch.autograd.grad(3 * measured, wanted), torch.autograd.grad(3 * expected, wanted), strict=True):
         torch.testing.assert_close(slope, reference, rtol=1e-5, atol=1e-9)
+
+
+FINISHED = {
+    "Granite": {"logits_scaling": 3.0},
+    "HyperCLOVAX": {"logits_scaling": 3.0},
+    "Cohere2": {"logit_scale": 0.3},
+    "Gemma2": {"final_logit_softcapping": 2.0},
+    "Phi": {},  # its head has a bias
+    "Mixtral": {"num_local_experts": 4},
+}
+
+
+@pytest.mark.parametrize("family", FINISHED)
+def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family):
+    """Whatever a family does to what its head computes."""
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(make_source(tmp_path, family, std=std, **FINISHED[family])) for std in (0.2, 0.25)
+    )
+    ids = torch.randint(3, 4096, (2, 32))
+    training = Training("all", 1, 1e-3, 2, 1, 0, 1)
+    logits = [model(ids, use_cache=False).logits.flatten(0, 1) for model in (student, teacher.eval())]
+    expected = divergence(logits[0], logits[1].detach(), len(logits[0]))[0] / len(logits[0])
+    parameters = [*student.parameters()]
+    wanted = torch.autograd.grad(
+        nn.functional.kl_div(*(part.log_softmax(-1) for part in logits), log_target=True, reduction="batchmean"), parameters
+    )
+    text = nn.functional.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    arguments = training_arguments(tmp_path, training, torch.device("cpu"), False)
+    datasets = {"train_dataset": Windows(ids), "eval_dataset": Windows(ids)}
+    trainer = DistillationTrainer(teacher=teacher.requires_grad_(False), folder=tmp_path, model=student, args=arguments, **datasets)
+    loss = trainer.compute_loss(student.train(), {"input_ids": ids})
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and loss > 1e-3
+    for slope, reference in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
+        torch.testing.assert_close(slope, reference, rtol=1e-3, atol=1e-5)
+    assert trainer.compute_loss(student.eval(), {"input_ids": ids}).item() == pytest.approx(text.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("train", ["lora", "attention", "all"])
@@ -116,7 +153,7 @@ def test_adapters_of_the_trained_rank(pair, tmp_path):
         AutoModelForCausalLM.from_pretrained(pair[1]), Training("lora", 1, 1e-3, 1, 1, seed=0, patience=1, lora_rank=3)
     )
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    assert trained_parameters(open_checkpoint(pair[1]), "lora", 3) == trained
+    assert trained_parameters(match_model(open_checkpoint(pair[1])), "lora", 3) == trained
     assert not any("lm_head" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
 
 
