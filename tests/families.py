@@ -325,8 +325,8 @@ Written by the tests that prove it (`pytest --write-modes`); a full run of the t
 
 A tiny random model of each family is converted with nothing dropped. In float64 its logits are the library's own to 1e-9, of a
 whole sequence and token by token through every cache. The program converts it as well; it is loaded, compared, saved and loaded
-anew (`tests/test_attention_families.py`). What is "kept exactly" is so at any size. What a size drops is dropped; `verify` measures what
-that costs.
+anew (`tests/test_attention_families.py`). What is "kept exactly" is so at any size. What a size drops is dropped; `verify` measures
+what that costs.
 
 Cached are numbers for a token in one layer: of the checkpoint that is named, and of what the default budget makes of it, as
 latent + rotary key + key norms. (The heads of these checkpoints are written down in `tests/families.py`; they are not read here.)
