@@ -75,6 +75,10 @@ from transformers.models.granitemoe.configuration_granitemoe import GraniteMoeCo
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeForCausalLM
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeModel
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoePreTrainedModel
+from transformers.models.granitemoeshared.configuration_granitemoeshared import GraniteMoeSharedConfig
+from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedForCausalLM
+from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedModel
+from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedPreTrainedModel
 from transformers.models.hyperclovax.configuration_hyperclovax import HyperCLOVAXConfig
 from transformers.models.hyperclovax.modeling_hyperclovax import HyperCLOVAXForCausalLM
 from transformers.models.hyperclovax.modeling_hyperclovax import HyperCLOVAXModel
@@ -603,6 +607,28 @@ class GraniteMoeMLAForTokenClassification(MLAForTokenClassificationMixin, Granit
     ...
 
 class GraniteMoeMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, GraniteMoeMLAPreTrainedModel):
+    ...
+
+class GraniteMoeSharedMLAConfig(MLAConfigMixin, GraniteMoeSharedConfig):
+    base_model_tp_plan: ClassVar
+    attention_bias: bool = False
+
+class GraniteMoeSharedMLAPreTrainedModel(MLAPreTrainedModelMixin, GraniteMoeSharedPreTrainedModel):
+    config: GraniteMoeSharedMLAConfig
+
+class GraniteMoeSharedMLAModel(MLAModelMixin, GraniteMoeSharedMLAPreTrainedModel, GraniteMoeSharedModel):
+    ...
+
+class GraniteMoeSharedMLAForCausalLM(MLAForCausalLMMixin, LatentCacheGenerationMixin, GraniteMoeSharedMLAPreTrainedModel, GraniteMoeSharedForCausalLM):
+    ...
+
+class GraniteMoeSharedMLAForSequenceClassification(MLAForSequenceClassificationMixin, GraniteMoeSharedMLAPreTrainedModel):
+    ...
+
+class GraniteMoeSharedMLAForTokenClassification(MLAForTokenClassificationMixin, GraniteMoeSharedMLAPreTrainedModel):
+    ...
+
+class GraniteMoeSharedMLAForQuestionAnswering(MLAForQuestionAnsweringMixin, GraniteMoeSharedMLAPreTrainedModel):
     ...
 
 class Phi3MLAConfig(MLAConfigMixin, Phi3Config):

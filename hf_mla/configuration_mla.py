@@ -112,6 +112,7 @@ FAMILIES = {
         Family("jais2", "Jais2", bias_options=OPTION),
         Family("olmo", "Olmo", bias_options=OPTION),
         Family("granitemoe", "GraniteMoe", bias_options=OPTION),
+        Family("granitemoeshared", "GraniteMoeShared", bias_options=OPTION),
         Family("phi3", "Phi3"),
         Family("gemma2", "Gemma2", bias_options=OPTION, softcap=True),
         Family("gemma3_text", "Gemma3Text", bias_options=OPTION, qk_norm=True, unit_offset=True),

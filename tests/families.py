@@ -99,6 +99,12 @@ EXACT = {  # model type, what is not as in `SHAPE`, kv_lora_rank, qk_rope_head_d
     "Jais2": ("jais2", {}, 32, 16),
     "Olmo": ("olmo", {**NARROW, "attention_bias": True}, 32, 16),
     "GraniteMoe": ("granitemoe", {**NARROW, **MULTIPLIERS, **MOE, "num_local_experts": 4, "attention_bias": True}, 32, 16),
+    "GraniteMoeShared": (
+        "granitemoeshared",
+        {**NARROW, **MULTIPLIERS, **MOE, "num_local_experts": 4, "shared_intermediate_size": 32},
+        32,
+        16,
+    ),
     "Phi3": ("phi3", {**NARROW}, 32, 16),
     "Gemma2": ("gemma2", {**TYPES, "attention_bias": True, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0}, 34, 16),
     "Gemma3": ("gemma3_text", {**TYPES, "query_pre_attn_scalar": 24}, 32, 16),
@@ -224,6 +230,7 @@ KNOWN = {
     "jais2": Known("Jais 2 8B", 26, 26, 128, 3328, "biases"),
     "olmo": Known("OLMo 7B", 32, 32, 128, 4096, "biases; not `clip_qkv`, which is refused"),
     "granitemoe": Known("Granite 3.0 3B-A800M", 24, 8, 64, 1536, "scale and multipliers, biases"),
+    "granitemoeshared": Known("MoE 7B-A1B, shared experts", 24, 8, 64, 1536, "scale and multipliers, biases"),
     "phi3": Known("Phi-3 mini", 32, 32, 96, 3072, "RoPE of a part of a head, longrope's factor"),
     "gemma2": Known("Gemma 2 9B", 16, 8, 256, 3584, f"cap on scores, scale, biases, {WINDOW}"),
     "gemma3_text": Known("Gemma 3 12B", 16, 8, 256, 3840, f"{NORMS}, scale, RoPE and {WINDOW}, biases"),
@@ -318,7 +325,8 @@ Written by the tests that prove it (`pytest --write-modes`); a full run of the t
 
 A tiny random model of each family is converted with nothing dropped. In float64 its logits are the library's own to 1e-9, of a
 whole sequence and token by token through every cache. The program converts it as well; it is loaded, compared, saved and loaded
-anew. What is "kept exactly" is so at any size. What a size drops is dropped; `verify` measures what that costs.
+anew (`tests/test_attention_families.py`). What is "kept exactly" is so at any size. What a size drops is dropped; `verify` measures
+what that costs.
 
 Cached are numbers for a token in one layer: of the checkpoint that is named, and of what the default budget makes of it, as
 latent + rotary key + key norms. (The heads of these checkpoints are written down in `tests/families.py`; they are not read here.)

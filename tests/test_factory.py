@@ -119,12 +119,10 @@ def test_what_is_kept_in_float32_and_how_norms_begin():
     assert not layer.input_layernorm.weight.any() and layer.self_attn.kv_a_layernorm.weight.eq(1).all()
 
 
-def test_every_family_has_its_proof_and_its_row_in_the_docs():
-    """A tiny model that goes through the whole pipeline, a well-known checkpoint, and its number in what users read."""
+def test_every_family_has_its_proof():
+    """A tiny model that goes through the whole pipeline, and a well-known checkpoint for docs/families.md."""
     assert {model_type for name, (model_type, *_) in EXACT.items() if "," not in name} == set(KNOWN) == set(FAMILIES)
-    root = Path(hf_mla.__file__).parent.parent
-    assert all(f"| `{model_type}` |" in (root / "docs" / "families.md").read_text() for model_type in FAMILIES)
-    assert (root / "README.md").read_text().count(f"{len(FAMILIES)} model types") == 2
+    assert (Path(hf_mla.__file__).parent.parent / "README.md").read_text().count(f"{len(FAMILIES)} model types") == 2
 
 
 def test_editors_know_the_classes_of_the_table():
