@@ -4,7 +4,7 @@
 #
 #   examples/convert_and_heal.sh [SOURCE OUT TEXT HELD_OUT]
 #
-# SOURCE    folder or Hub id of a Llama, Mistral or Qwen
+# SOURCE    folder or Hub id of a model of one of the supported types (docs/families.md)
 # OUT       folder for the conversion; the healed model goes to OUT-healed
 # TEXT      text like what the model will be used on (.txt, .txt.xz or a data set), to convert and heal with
 # HELD_OUT  other such text, to measure on
@@ -14,7 +14,7 @@
 set -euo pipefail
 
 if [ $# -eq 0 ]; then
-    bundled=$(python -c "from hf_mla_conversion.source.text import BUNDLED; print(BUNDLED)")
+    bundled=$(python -c "import hf_mla_conversion; print(hf_mla_conversion.__path__[0])")/bundled
     set -- "$bundled/model" bundled-mla "$bundled/calibration.txt.xz" "$bundled/validation.txt.xz"
     # A quarter of the cache, in closed form, so that there is something to heal in so few steps.
     convert="--kv-lora-rank 32 --qk-rope-head-dim 16 --steps 0 --calibration-tokens 8192"

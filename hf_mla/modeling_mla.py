@@ -57,9 +57,8 @@ class MLAPreTrainedModelMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(
-            module, MLARMSNorm
-        ):  # of Gemma's, which multiply by 1 + w, the library makes every w zero, by the class's name
+        # The library goes by the class's name, and of Gemma's norms, which multiply by 1 + w, it makes every w zero.
+        if isinstance(module, MLARMSNorm):
             init.ones_(module.weight)
 
 
