@@ -23,13 +23,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 demo: $(VENV)/ready  ## convert the bundled model, verify it, generate from both
 	$(BIN)/hf-mla demo
 
-test: $(VENV)/ready  ## linter, type checker, docstrings, tests; with llama.cpp where it can be installed
+test: $(VENV)/ready  ## linter, type checker, docstrings, tests
 	$(MAKE) check
-	@if $(MAKE) --silent $(VENV)-llamacpp/ready 2> /dev/null; then \
-	  export LLAMACPP_PYTHON=$(abspath $(VENV)-llamacpp/bin/python); \
-	else \
-	  echo "llama.cpp is left out: no wheel of it for this Python on this system, or no network (make test-llamacpp shows which)"; \
-	fi; $(BIN)/python $(PYTEST)
+	$(BIN)/python $(PYTEST)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .
