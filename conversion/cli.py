@@ -250,7 +250,7 @@ def add_size(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--kv-budget", type=float, metavar="F", help="share of the original cache to keep (0.3125)")
     sub.add_argument("--kv-lora-rank", type=int, metavar="N", help="or: numbers in the latent,")
     sub.add_argument("--qk-rope-head-dim", type=int, metavar="N", help="and in the shared rotary key")
-    sub.add_argument("--qk-norm", choices=["exact", "fold"], help="norms of queries and keys: cached, or plain DeepSeek (exact)")
+    sub.add_argument("--qk-norm", metavar="exact|fold", help="norms of queries and keys: cached, or plain DeepSeek (exact)")
 
 
 def add_device(sub: argparse.ArgumentParser) -> None:

@@ -18,8 +18,8 @@ if [ $# -eq 0 ]; then
     set -- "$bundled/model" bundled-mla "$bundled/calibration.txt.xz" "$bundled/validation.txt.xz"
     # A quarter of the cache, in closed form, so that there is something to heal in so few steps.
     convert="--kv-lora-rank 32 --qk-rope-head-dim 16 --steps 0 --calibration-tokens 8192"
-    heal="--steps 16 --step-tokens 1024 --learning-rate 2e-4"
-    verify="--tokens 4096"
+    heal="--steps 24 --step-tokens 1024 --learning-rate 2e-4"
+    verify="--tokens 8192"
 else
     # The share of the cache to keep; the smaller, the more there is to heal.
     convert="--kv-budget 0.3125"

@@ -67,7 +67,6 @@ class Family:
     """Whether scores are capped, at `attn_logit_softcapping`; SDPA leaves that out, though older ones of the library use it."""
     sinks: bool = False
     """Whether every head attends to a token of a score of its own, too, whose value is zero."""
-
     head_bias: bool = False
     """Whether the head that predicts tokens has a bias."""
 

@@ -200,6 +200,7 @@ class MLAAttention(nn.Module):
         parts = [kv_nope, k_rot]
         if self.num_key_norms:
             parts.append(self.key_norms(hidden_states))
+        sinks = self.sinks if self.config.family.sinks else None
         latent = rest = None
         cache = past_key_values if cache is None else cache
         cache = layer_past if cache is None else cache
@@ -218,7 +219,7 @@ class MLAAttention(nn.Module):
                 num_key_norms=self.num_key_norms,
                 packed=paged,
                 attended_ranges=attended_ranges,
-                sinks=getattr(self, "sinks", None),
+                sinks=sinks,
                 softcap=self.softcap,
             )
             if absorbed is not None:
@@ -239,8 +240,8 @@ class MLAAttention(nn.Module):
             value = nn.functional.pad(value, [0, padding])
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-        if hasattr(self, "sinks"):
-            kwargs["s_aux"] = self.sinks
+        if sinks is not None:
+            kwargs["s_aux"] = sinks
         implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
         output, weights = attention(

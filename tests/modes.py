@@ -51,9 +51,8 @@ class Page:
     header: str = HEADER
     footer: Any = str  # called for what stands under the table
     order: Any = lambda row, results: min(results)  # of rows: by the first of their tests
-    rows: dict = field(
-        default_factory=dict
-    )  # row -> its tests (file, line, name) -> the set of their outcomes of setup, call, teardown
+    # Row -> its tests (file, line, name) -> the set of their outcomes of setup, call and teardown.
+    rows: dict = field(default_factory=dict)
 
     def text(self, before):
         """What it says after this run, given what it says now."""

@@ -14,7 +14,6 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     StaticCache,
-    TrainingArguments,
 )
 from transformers.masking_utils import eager_mask
 
@@ -23,7 +22,6 @@ from hf_mla import MLACache, attention_mla
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import convert
 from hf_mla_conversion.mathematics.closed_form import mla_config
-from hf_mla_conversion.mathematics.distill import DistillationTrainer
 from hf_mla_conversion.mathematics.moments import hooks
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, watch_gradients
@@ -210,23 +208,6 @@ def test_what_comes_after_the_decoder(name):
     expected = model(ids, use_cache=False).logits
     assert torch.equal(head_of(model)(states[1]), expected[1])
     assert torch.equal(model(ids, use_cache=False).logits, expected)
-
-
-@pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "GPTNeoX"])
-def test_the_loss_of_a_training_is_of_logits_as_they_are_predicted(name, tmp_path):
-    model_type, changes, *_ = EXACT[name]
-    teacher, ids = make(model_type, changes), torch.randint(3, 256, (2, 12))
-    student = converted_model(teacher, 16, 4)
-    with torch.no_grad():
-        ours, theirs = student(ids).logits, teacher(ids).logits
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-    trainer = DistillationTrainer(teacher=teacher, folder=tmp_path, model=student, args=arguments)
-    expected = torch.nn.functional.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    with torch.no_grad():
-        assert torch.allclose(trainer.compute_loss(student.eval(), {"input_ids": ids}).double(), expected, rtol=1e-5)
-    ours, theirs = (logits.flatten(0, 1).log_softmax(-1) for logits in (ours, theirs))
-    expected = torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    assert torch.allclose(trainer.compute_loss(student.train(), {"input_ids": ids}).double(), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,14 @@ def test_first_tokens_are_those_of_the_library(tmp_path, family):
             advance(layer, job.alone[index], states, 2, torch.device("cpu"))
 
 
+def test_first_tokens_are_any_and_as_often_as_the_text_has_them(tmp_path):
+    common = torch.full((8, 64), 7)
+    common[:, ::8] = torch.randperm(4000)[:64].view(8, 8)
+    job = Job(match_model(open_checkpoint(MODEL)), tmp_path, {"text": common}, 512, torch.device("cpu"), 0, 0, "exact")
+    assert job.firsts.unique().tolist() == common.unique().tolist()
+    assert (job.firsts == 7).float().mean() > 0.3  # of half of them seven eighths; without that, one in all
+
+
 def test_a_fit_to_first_tokens_is_closer_there(tmp_path):
     """In closed form and after some steps; and what follows does not suffer."""
     windows = calibration_windows(open_checkpoint(MODEL), AutoTokenizer.from_pretrained(MODEL), None, 4096, 128, 0)

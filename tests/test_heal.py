@@ -74,6 +74,7 @@ FINISHED = {
     "Cohere2": {"logit_scale": 0.3},
     "Gemma2": {"final_logit_softcapping": 2.0},
     "Phi": {},  # its head has a bias
+    "GPTNeoX": {},  # decoder and head have other names
     "Mixtral": {"num_local_experts": 4},
 }
 
