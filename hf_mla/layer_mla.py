@@ -41,6 +41,16 @@ def own_eager(config: Any) -> Callable[..., Any]:
     return importlib.import_module(modeling).eager_attention_forward
 
 
+def additive_mask(attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """What eager attention adds to the scores, of a mask as SDPA wants it, which is None for a causal one: [B or 1, 1, T, S]."""
+    if attention_mask is None:
+        attention_mask = query.new_ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool)
+        attention_mask = attention_mask if query.shape[2] == 1 else attention_mask.tril()  # from the first token, as in SDPA
+    if attention_mask.dtype != torch.bool:
+        return attention_mask
+    return query.new_zeros(attention_mask.shape).masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+
+
 def rotary_embedding(config: Any, own: Any) -> nn.Module:
     """The rotary embedding of a model with MLA, given the class of its family's own."""
     return LlamaRotaryEmbedding(config) if config.family.llama_rotary else own(config)
@@ -194,7 +204,7 @@ class MLAAttention(nn.Module):
         if self.rotates:
             cos, sin = position_embeddings  # type: ignore[misc]
             rotary = torch.cat([q_rot, k_rot], dim=1)  # [B, H + 1, T, P]; in a step the number of operations counts, not their size
-            rotary = rotary * cos.unsqueeze(1) + rotate_half(rotary) * sin.unsqueeze(1)
+            rotary = (rotary * cos.unsqueeze(1) + rotate_half(rotary) * sin.unsqueeze(1)).to(rotary.dtype)  # OLMo's are float32
             q_rot, k_rot = rotary.split_with_sizes([q_rot.shape[1], 1], dim=1)
 
         parts = [kv_nope, k_rot]
@@ -243,6 +253,8 @@ class MLAAttention(nn.Module):
         if sinks is not None:
             kwargs["s_aux"] = sinks
         implementation = self.config._attn_implementation.removeprefix("paged|")  # the pages are read already
+        if implementation == "sdpa" and (self.softcap is not None or sinks is not None):  # it knows of neither
+            implementation, attention_mask = "eager", additive_mask(attention_mask, query, key)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager)
         output, weights = attention(
             self,

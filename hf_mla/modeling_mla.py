@@ -190,7 +190,8 @@ def make_models(family: Family) -> dict[str, Any]:
         (MLAPreTrainedModelMixin, own_pretrained),
         f"What all {family.base} models with MLA share.",
         config_class=config_class(family),
-        _supports_sdpa=own_pretrained._supports_sdpa and not family.softcap,
+        # Whose boolean masks the kernel takes; what SDPA cannot do, the layer has done by the eager attention.
+        _supports_sdpa=own_pretrained._supports_sdpa or family.softcap or family.sinks,
         _can_record_outputs=own_pretrained._can_record_outputs | {"attentions": MLAAttention},
         _can_set_experts_implementation=own_pretrained._can_set_experts_implementation,  # which looks into the source of a class
         # 2**20 is beyond float16; bfloat16 holds it.

@@ -33,7 +33,7 @@ from ..source.loading import choose_device, compute_dtype, free_memory, launched
 from ..source.matching import ModelCheckpoint, match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.text import calibration_windows
-from ..source.tokenizer import load_tokenizer
+from ..source.tokenizer import first_token, load_tokenizer
 from ..stages.end_to_end import (
     EVALUATIONS,
     MOST_WRITTEN,
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
-HEAL_TOKENS = {"cuda": 16_000_000, "cpu": 0}
+HEAL_TOKENS = {"cuda": 20_000_000, "cpu": 0}
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -107,7 +107,7 @@ def convert(
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone. None for 400, and 200 where the whole model is trained afterwards.
         heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
-            None for 16,000,000 on a GPU that has the memory, else 0.
+            None for 20,000,000 on a GPU that has the memory, else 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order, and what the source writes.
@@ -217,7 +217,7 @@ def convert(
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
-        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm)
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer))
         candidates = job.prepare(sizes, processes)
         main = processes.is_main_process
 

@@ -15,8 +15,8 @@ from ..output.reports import HEALING_RATIO, ContextReport, PerSide, VerifyReport
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import refusal, source_head_dim
 from ..source.loading import choose_device, load_model
-from ..source.text import read_text, token_windows
-from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
+from ..source.text import begun, read_text, token_windows
+from ..source.tokenizer import check_same_tokenizer, check_vocabulary, first_token, load_tokenizer
 
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def verify(
     check_same_tokenizer(converted_checkpoint.folder, out, tokenizer, against, trust_remote_code)
     ids = token_windows(read_text(text, tokens, tokenizer=tokenizer), tokenizer, tokens, tokens)[0]
     check_vocabulary(ids, source_checkpoint)
-    contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings)
+    contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings, first_token(tokenizer))
     run_device = choose_device(device)
     dtype = "auto" if run_device.type == "cuda" else torch.float32
     source, converted = (
@@ -91,12 +91,13 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 
 
-def context_windows(ids: Tensor, context: int) -> list[Tensor]:
+def context_windows(ids: Tensor, context: int, begin: int | None = None) -> list[Tensor]:
     """Cut a text to sequences of each length that is measured.
 
     Args:
         ids: tokens of the text [tokens].
         context: tokens that the model was trained to attend to.
+        begin: the token that every sequence begins with, if there is one.
 
     Returns:
         Token windows [windows, tokens], the shortest first; there is always one, of the whole text if that is short.
@@ -111,7 +112,7 @@ def context_windows(ids: Tensor, context: int) -> list[Tensor]:
                 f"{context:,}",
                 f"{len(ids):,}",
             )
-    return [ids[: len(ids) // length * length].view(-1, length) for length in lengths]
+    return [begun(ids[: len(ids) // length * length].view(-1, length), begin) for length in lengths]
 
 
 @torch.no_grad()

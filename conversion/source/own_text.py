@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text that a model writes itself: what it was trained on, as far as the model knows it, when nobody can say what that was.
 
-* Half of the sequences are written freely, each text from a random first token; half are chats, where the tokenizer has a chat
+* Half of the sequences are written freely, each text from what the tokenizer puts before every text, or from a random token where
+  it puts nothing; half are chats, where the tokenizer has a chat
   template: the model writes the user's part too. Both go on to the end of the sequence, with new texts and new turns.
 * All sequences of a batch grow together, token by token, in one cache that is filled in place. A batch is as large as memory
   allows, since a step of thousands of sequences costs hardly more than one of a few.
@@ -32,6 +33,7 @@ from ..errors import UserError
 from .checkpoint import Checkpoint, load_file, save_file
 from .families import kv_heads
 from .loading import compute_dtype, free_memory, head_of, load_model
+from .tokenizer import first_token
 
 
 logger = logging.getLogger(__name__)
@@ -173,7 +175,9 @@ class Scribe:
         scripts = chat_scripts(tokenizer)
         self.generator = generator
         special = {*tokenizer.all_special_ids, *ends}
-        self.starts = torch.tensor([i for i in range(len(tokenizer)) if i not in special], device=device)
+        begin = first_token(tokenizer)
+        starts = [i for i in range(len(tokenizer)) if i not in special] if begin is None else [begin]
+        self.starts = torch.tensor(starts, device=device)
         self.chat = torch.arange(count, device=device) % 2 == 1 if scripts else torch.zeros(count, dtype=torch.bool, device=device)
         scripts = scripts or [[0], [0], [0]]
         self.lengths = torch.tensor([len(script) for script in scripts], device=device)
@@ -268,6 +272,8 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, w
     head = head_of(model)
     before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
     replay = step
+    # Without tensor cores the library's experts are multiplied one by one, and how many tokens each has is looked at on the CPU.
+    whole = device.type == "cuda" and not (getattr(model.config, "num_experts_per_tok", None) and model.dtype == torch.float32)
     try:
         with sdpa_kernel(ATTENTION):
             for place in range(length):
@@ -279,7 +285,7 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, w
                 if place % BLOCK == 0:
                     for layer in layers:
                         layer.stop = place + BLOCK
-                    if device.type == "cuda":
+                    if whole:
                         replay = captured(step)
                 tokens.copy_(scribe.next(draw(head(replay()), generator)))  # [B, D] -> [B]
     finally:

@@ -214,6 +214,13 @@ def behaviour(tokenizer: Any) -> dict[str, Any]:
     return found
 
 
+def first_token(tokenizer: Any) -> int | None:
+    """The token that a tokenizer puts before every text, if it does."""
+    plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    before = whole[: whole.index(plain[0])]
+    return before[-1] if before else None
+
+
 def encode(tokenizer: Any, special: bool, texts: list[str]) -> list[list[int]]:
     """Token ids of texts."""
     return tokenizer(texts, add_special_tokens=special)["input_ids"]

@@ -40,6 +40,7 @@ from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
 from ..source.streaming import LayerStream, allocate
+from ..source.text import begun
 
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class Job:
         steps: reconstruction steps per layer.
         seed: of the order of windows.
         qk_norm: "exact" or "fold".
+        begin: the token that every sequence begins with, if there is one.
     """
 
     def __init__(
@@ -89,9 +91,10 @@ class Job:
         steps: int,
         seed: int,
         qk_norm: str,
+        begin: int | None = None,
     ) -> None:
         self.checkpoint, self.folder, self.device = checkpoint, folder, device
-        self.steps, self.seed, self.qk_norm = steps, seed, qk_norm
+        self.steps, self.seed, self.qk_norm, self.begin = steps, seed, qk_norm, begin
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())  # a text that is shorter than a window has shorter ones
@@ -103,8 +106,8 @@ class Job:
 
     def split(self, window: int) -> None:
         """Cut the calibration windows into shorter ones, and say what each is for."""
-        self.texts = {name: windows.reshape(-1, window) for name, windows in self.texts.items()}
-        self.more = [windows.reshape(-1, window) for windows in self.more]
+        self.texts = {name: begun(windows.reshape(-1, window), self.begin) for name, windows in self.texts.items()}
+        self.more = [begun(windows.reshape(-1, window), self.begin) for windows in self.more]
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
@@ -116,7 +119,8 @@ class Job:
         alone = torch.full((1, 1, length, length), torch.finfo(self.stream.dtype).min, dtype=self.stream.dtype, device=self.device)
         alone.diagonal(dim1=2, dim2=3).zero_()
         self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
-        generator, text = torch.Generator().manual_seed(self.seed), self.windows.flatten()
+        generator = torch.Generator().manual_seed(self.seed)
+        text = self.windows.flatten() if self.begin is None else self.windows[:, 0]  # what may come first
         tokens = text.unique()
         tokens = tokens[torch.randperm(len(tokens), generator=generator)[: self.scale.first]]
         # And as often as the text has them: a few words begin many sequences.

@@ -1,0 +1,60 @@
+"""What only a GPU shows of the families: the decode kernel in bfloat16, and that training experts is reproducible."""
+
+import pytest
+import torch
+from conftest import MODEL
+from families import EXACT, SHAPE, make
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hf_mla
+from hf_mla import MLACache, attention_mla
+from hf_mla_conversion import convert
+from hf_mla_conversion.mathematics.closed_form import mla_config
+
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if "," not in name])
+@torch.no_grad()
+def test_the_kernel_is_as_close_as_expanded_attention(name, monkeypatch):
+    model_type, changes, *_ = EXACT[name]
+    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    config = mla_config(AutoConfig.for_model(model_type, **shape), 32, 8, "float32")
+    exact = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
+    for parameter in exact.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+    ids = torch.randint(3, 256, (2, 40))
+    expected = exact(ids, use_cache=False).logits.cuda()
+    ids = ids.cuda()
+    rounded = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval().bfloat16().cuda()
+    rounded.load_state_dict(exact.state_dict())
+    usual = (rounded(ids, use_cache=False).logits - expected).square().mean().sqrt()
+    calls = []
+    decode = attention_mla.latent_decode
+    monkeypatch.setattr(attention_mla, "latent_decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    for cache in (MLACache(config), MLACache(config, 64)):
+        parts = [rounded(part, cache=cache).logits for part in ids.split([30, *[2] * 5], dim=1)]
+        found = (torch.cat(parts, 1) - expected).square().mean().sqrt()
+        assert found < 2 * usual
+    assert len(calls) == 20
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "Glm4Moe", "GptOss", "Gemma2", "Gemma3", "Olmo2", "GPTNeoX"])
+def test_conversion_with_training_is_reproducible(tmp_path, name):
+    model_type, changes, rank, rope_dim = EXACT[name]
+    make(model_type, changes | {"vocab_size": 4096}).float().save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "source")
+    sizes = {"kv_lora_rank": min(rank, 20), "qk_rope_head_dim": rope_dim}
+    amounts = {"calibration_tokens": 4096, "window": 128, "steps": 2, "heal_tokens": 1 << 16}
+    reports = [convert(str(tmp_path / "source"), str(tmp_path / out), device="cuda", **amounts, **sizes) for out in "ab"]
+    assert all(report.end_to_end.steps_taken > 0 for report in reports)
+    first, second = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).cuda()
+    ids = torch.randint(3, 4096, (2, 24)).cuda()
+    assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
+    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
+    expected = source(ids.cpu()).logits
+    assert (model.float().cpu()(ids.cpu()).logits - expected).square().mean().sqrt() < 0.5 * expected.std()
