@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from hf_mla import MLACache, attention_mla
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import UserError, convert, info, plan, verify
 from hf_mla_conversion.cli import main
+from hf_mla_conversion.commands.verify import check_pair
 from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.moments import hooks
 from hf_mla_conversion.source import own_text
@@ -95,6 +97,21 @@ def test_what_loses_its_rotation_keeps_its_factor(unrounded, model_type, changes
     assert distance(converted(ids).logits, original(ids).logits) > 1e-3  # else nothing would have been shown
 
 
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+def test_a_narrower_rope_is_known_for_its_sources(tmp_path, model_type, changes, rope_dim):
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    mla_config(config, 16, rope_dim, "float32").save_pretrained(tmp_path)
+    converted = SimpleNamespace(name="out", config=AutoConfig.from_pretrained(tmp_path))
+    check_pair(converted, SimpleNamespace(name="source", config=config))
+    for rope in ropes(config).values():
+        rope["rope_theta"] *= 2
+    with pytest.raises(UserError, match="out has rope_parameters .* converted from another model"):
+        check_pair(converted, SimpleNamespace(name="source", config=config))
+    converted.config.qk_rope_head_dim = 10
+    with pytest.raises(UserError, match="out has qk_rope_head_dim 10, .* converted from another model"):
+        check_pair(converted, SimpleNamespace(name="source", config=config))
+
+
 KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]
 
 
@@ -157,6 +174,7 @@ def test_conversion(tmp_path, model_type, changes, rank, rope_dim):
     sizes = {"kv_lora_rank": min(rank, original.config.hidden_size), "qk_rope_head_dim": rope_dim}
     convert(str(tmp_path / "source"), str(tmp_path / "mla"), calibration_tokens=512, window=128, steps=0, device="cpu", **sizes)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "mla").eval()
+    check_pair(*(open_checkpoint(str(tmp_path / name)) for name in ("mla", "source")))
     ids = torch.randint(3, 4096, (2, 24))
     with torch.no_grad():
         expected = original(ids).logits
