@@ -32,7 +32,7 @@ from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.moments import hooks
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, watch_gradients
-from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint, read_config, read_headers
 from hf_mla_conversion.source.families import WRAPPERS, refusal, ropes
 from hf_mla_conversion.source.loading import head_of, load_model
 
@@ -193,7 +193,7 @@ DECODERS |= {"gemma3": "Gemma3", "internvl": "Qwen3"}
 
 
 def make_wrapper(folder, wrapper, name, newer=False, **changes):
-    """Save a model of the library with vision, around a text decoder of `EXACT`, and a tokenizer; `newer`: under its newer names."""
+    """Save a model of the library with vision around a text decoder of `EXACT`, and a tokenizer; `newer`: under newer names."""
     text = make(EXACT[name][0], EXACT[name][1] | {"vocab_size": 4096} | changes)
     tied = {"tie_word_embeddings": text.config.tie_word_embeddings}
     config = AutoConfig.for_model(wrapper, vision_config=dict(VISION), text_config=text.config.to_dict(), **tied)
@@ -237,8 +237,8 @@ def test_text_decoders_of_wrappers(tmp_path, caplog, wrapper, name, newer):
 @pytest.mark.family(WRAPPED)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @torch.no_grad()
-def test_wrappers_are_read_as_their_text_decoders(tmp_path, wrapper):
-    """Under older and newer names, with a head and without."""
+def test_wrappers_are_read_as_their_text_decoders(tmp_path, monkeypatch, wrapper):
+    """Under older and newer names, with a head and without, in a folder and by headers alone."""
     ids = torch.randint(3, 4096, (2, 24))
     for newer, tied in ((False, False), (True, True)):
         source = make_wrapper(tmp_path / str(newer), wrapper, DECODERS[wrapper], newer, tie_word_embeddings=tied)
@@ -246,7 +246,9 @@ def test_wrappers_are_read_as_their_text_decoders(tmp_path, wrapper):
         text = load_model(open_checkpoint(source), torch.device("cpu"), torch.float32)
         assert torch.equal(text(ids).logits, original(input_ids=ids).logits)
         assert text.config.tie_word_embeddings == tied
-        assert plan(source).supported
+        whole = Checkpoint("org/name", read_config(Path(source), source), read_headers(Path(source), source))
+        monkeypatch.setattr("hf_mla_conversion.source.checkpoint.hub_headers", lambda *_, whole=whole: whole)
+        assert plan("org/name") == plan(source)
 
 
 def change_wrapper(folder, **changes):
