@@ -22,12 +22,13 @@ WITHOUT_HF_MLA = """
 import sys
 sys.modules["hf_mla"] = None  # importing it raises ImportError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder, again, qwen3 = sys.argv[1:]
 options = {"trust_remote_code": True}
 AutoModelForCausalLM.from_pretrained(qwen3, **options).generate(torch.tensor([[3, 4]]), max_new_tokens=2)
 names = [name.split(".") for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
 print(*sorted({family for _, _, family, *_ in names} - {"auto", "bloom"}))  # Bloom's are by PEFT
+from transformers import pipeline  # which imports another in older versions
 assert AutoConfig.from_pretrained(folder, **options).model_type == "llama_mla"
 tokenizer = AutoTokenizer.from_pretrained(folder, **options)  # 5.23 reads the model configuration for it
 ids = tokenizer("The captain looked at the sea and", return_tensors="pt")["input_ids"]
