@@ -21,7 +21,6 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
@@ -53,7 +52,15 @@ def additive_mask(attention_mask: torch.Tensor | None, query: torch.Tensor, key:
 
 def rotary_embedding(config: Any, own: Any) -> nn.Module:
     """The rotary embedding of a model with MLA, given the class of its family's own."""
-    return LlamaRotaryEmbedding(config) if config.family.llama_rotary else own(config)
+    if config.family.llama_rotary:  # imported by those alone that take it
+        own = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRotaryEmbedding
+    return own(config)
+
+
+def rotate_half(pairs: torch.Tensor) -> torch.Tensor:
+    """A quarter turn of the pairs (i, i + P / 2) in the last dimension of [..., P]."""
+    first, second = pairs.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
 
 
 class MLARMSNorm(nn.Module):

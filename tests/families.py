@@ -22,7 +22,7 @@ from hf_mla_conversion.mathematics.moments import LayerMoments
 from hf_mla_conversion.output.deepseek import LIKE_DEEPSEEK
 from hf_mla_conversion.output.deepseek import refusal as export_refusal
 from hf_mla_conversion.source.attention import attention_of, projections, read
-from hf_mla_conversion.source.families import FAMILIES, key_norms, kv_heads, rotary_width, source_head_dim
+from hf_mla_conversion.source.families import FAMILIES, WRAPPERS, key_norms, kv_heads, rotary_width, source_head_dim
 
 
 class Unrounded(TorchFunctionMode):
@@ -252,6 +252,10 @@ KNOWN = {
 }
 
 
+# The model type of one more row.
+WRAPPED = f"any of these as the text decoder in {', '.join(f'`{name}`' for name in WRAPPERS)}"
+
+
 def case(name, *, proves=True):
     """A row of EXACT as the parameters of a test."""
     return pytest.param(*EXACT[name], id=name, marks=pytest.mark.family(EXACT[name][0]) if proves else ())
@@ -269,17 +273,20 @@ class FamilyRow(NamedTuple):
     since: str = "5.15"
 
     def row(self, works, tests):
+        proofs = ", ".join(dict.fromkeys(f"`{name.partition('[')[0]}`" for _, _, name in tests))
+        if self.model_type == WRAPPED:
+            cells = WRAPPED, "as alone; the rest, as vision, is left out", "Mistral Small 3.1 24B", *["as alone"] * 3
+            return f"| {' | '.join((*cells[:4], works, self.since, *cells[4:], proofs))} |\n"
         known, config = KNOWN[self.model_type], known_config(self.model_type)
         rank, rope_dim = possible_sizes(config, None, None, None)[0]
         norms = key_norms(config, "exact")
         before, after = 2 * kv_heads(config) * source_head_dim(config), rank + rope_dim + norms
         split = " + ".join(map(str, [rank, rope_dim, *[norms] * (norms > 0)]))
-        proofs = dict.fromkeys(f"`{name.partition('[')[0]}`" for _, _, name in tests)
         exported, served = (f"no ({notes().index(reason) + 1})" if reason else "yes" for reason in limits(self.model_type))
         if served == "yes" and f"{self.model_type}_mla" not in LIKE_DEEPSEEK:
             served = "not run"
         cells = f"`{self.model_type}`", known.exact, known.checkpoint, f"{before:,} to {after:,} ({split})"
-        return f"| {' | '.join((*cells, works, self.since, exported, served, ', '.join(proofs)))} |\n"
+        return f"| {' | '.join((*cells, works, self.since, exported, served, proofs))} |\n"
 
 
 def known_config(model_type):
@@ -349,8 +356,8 @@ def footer():
 
 
 def order(row, _results):
-    """Rows stand as they do in KNOWN."""
-    return [*KNOWN].index(row.model_type)
+    """Rows stand as they do in KNOWN, what is not there after them."""
+    return [*KNOWN, WRAPPED].index(row.model_type)
 
 
 PAGES["family"] = Page(FamilyRow, TESTS.parent / "docs" / "families.md", HEADER, footer, order)

@@ -1,16 +1,21 @@
 """The attention of every family, read into one form and converted at full rank, against the library's own, in float64."""
 
+import json
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import LLAMA3_ROPE, MODEL
-from families import EXACT, NARROW, SHAPE, TYPES, YARN, converted_model, distance, every_case, make, one_case_a_family
+from conftest import LLAMA3_ROPE, MODEL, VALIDATION
+from families import EXACT, NARROW, SHAPE, TYPES, WRAPPED, YARN, converted_model, distance, every_case, make, one_case_a_family
+from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     DynamicCache,
     StaticCache,
@@ -20,13 +25,16 @@ from transformers.masking_utils import eager_mask
 import hf_mla
 from hf_mla import MLACache, attention_mla
 from hf_mla.layer_mla import rotary_embedding
-from hf_mla_conversion import convert
+from hf_mla_conversion import UserError, convert, info, plan, verify
+from hf_mla_conversion.cli import main
+from hf_mla_conversion.commands.verify import check_pair
 from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.moments import hooks
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, watch_gradients
-from hf_mla_conversion.source.families import refusal, ropes
-from hf_mla_conversion.source.loading import head_of
+from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint, read_config, read_headers
+from hf_mla_conversion.source.families import WRAPPERS, refusal, ropes
+from hf_mla_conversion.source.loading import head_of, load_model
 
 
 @every_case
@@ -87,6 +95,21 @@ def test_what_loses_its_rotation_keeps_its_factor(unrounded, model_type, changes
     expected = original(ids, **place).logits
     assert distance(converted(ids, **place).logits, expected) < 1e-9
     assert distance(converted(ids).logits, original(ids).logits) > 1e-3  # else nothing would have been shown
+
+
+@pytest.mark.parametrize(("model_type", "changes", "rope_dim"), SCALED.values(), ids=SCALED)
+def test_a_narrower_rope_is_known_for_its_sources(tmp_path, model_type, changes, rope_dim):
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in (SHAPE | changes).items() if value is not None})
+    mla_config(config, 16, rope_dim, "float32").save_pretrained(tmp_path)
+    converted = SimpleNamespace(name="out", config=AutoConfig.from_pretrained(tmp_path))
+    check_pair(converted, SimpleNamespace(name="source", config=config))
+    for rope in ropes(config).values():
+        rope["rope_theta"] *= 2
+    with pytest.raises(UserError, match="out has rope_parameters .* converted from another model"):
+        check_pair(converted, SimpleNamespace(name="source", config=config))
+    converted.config.qk_rope_head_dim = 10
+    with pytest.raises(UserError, match="out has qk_rope_head_dim 10, .* converted from another model"):
+        check_pair(converted, SimpleNamespace(name="source", config=config))
 
 
 KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]
@@ -151,6 +174,7 @@ def test_conversion(tmp_path, model_type, changes, rank, rope_dim):
     sizes = {"kv_lora_rank": min(rank, original.config.hidden_size), "qk_rope_head_dim": rope_dim}
     convert(str(tmp_path / "source"), str(tmp_path / "mla"), calibration_tokens=512, window=128, steps=0, device="cpu", **sizes)
     converted = AutoModelForCausalLM.from_pretrained(tmp_path / "mla").eval()
+    check_pair(*(open_checkpoint(str(tmp_path / name)) for name in ("mla", "source")))
     ids = torch.randint(3, 4096, (2, 24))
     with torch.no_grad():
         expected = original(ids).logits
@@ -160,6 +184,106 @@ def test_conversion(tmp_path, model_type, changes, rank, rope_dim):
     converted.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(again.generate(ids, max_new_tokens=8, do_sample=False), tokens)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+VISION |= {"patch_size": 8}
+DECODERS = {"llava": "Llama", "llava_next": "Mistral", "llava_onevision": "Qwen2", "vipllava": "Llama", "mistral3": "Ministral3"}
+DECODERS |= {"gemma3": "Gemma3", "internvl": "Qwen3"}
+
+
+def make_wrapper(folder, wrapper, name, newer=False, **changes):
+    """Save a model of the library with vision around a text decoder of `EXACT`, and a tokenizer; `newer`: under newer names."""
+    text = make(EXACT[name][0], EXACT[name][1] | {"vocab_size": 4096} | changes)
+    tied = {"tie_word_embeddings": text.config.tie_word_embeddings}
+    config = AutoConfig.for_model(wrapper, vision_config=dict(VISION), text_config=text.config.to_dict(), **tied)
+    model = AutoModelForImageTextToText.from_config(config).double()
+    model.model.language_model.load_state_dict(text.base_model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.save_pretrained(folder, save_original_format=not newer)
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.family(WRAPPED)
+@pytest.mark.parametrize(("wrapper", "name", "newer"), [("llava", "Llama", False), ("mistral3", "Ministral3", True)])
+def test_text_decoders_of_wrappers(tmp_path, caplog, wrapper, name, newer):
+    """Converted by the program with nothing dropped, it is as the wrapper is on text, alone."""
+    source, out = make_wrapper(tmp_path / "source", wrapper, name, newer), tmp_path / "mla"
+    (tmp_path / "source" / "generation_config.json").unlink()  # else what config.json says of it is not asked
+    model_type, _, rank, rope_dim = EXACT[name]
+    sizes = ["--kv-lora-rank", str(rank), "--qk-rope-head-dim", str(rope_dim)]
+    assert main(["convert", source, str(out), *sizes, "--calibration-tokens", "512", "--steps", "0", "--device", "cpu"]) == 0
+    said = [record.getMessage() for record in caplog.records if record.name == open_checkpoint.__module__]
+    assert said == [f"{source} is a '{wrapper}': its text decoder ({model_type}) is taken, all else is left out"]
+    original = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float64).eval()
+    converted = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
+    assert type(converted).__name__ == f"{name}MLAForCausalLM"
+    ids = torch.randint(3, 4096, (2, 40))
+    with torch.no_grad():
+        expected = original(input_ids=ids).logits
+        assert expected.std() > 0.1
+        assert distance(converted(ids).logits, expected) < 1e-9
+    tokens = converted.generate(ids[:1], max_new_tokens=8, do_sample=False)
+    assert torch.equal(tokens, original.generate(input_ids=ids[:1], max_new_tokens=8, do_sample=False))
+    report = verify(str(out), against=source, text=VALIDATION, tokens=512, device="cpu")
+    assert abs(report.kl) < 1e-6 and report.top1_agreement == 1
+    assert plan(source, kv_lora_rank=rank, qk_rope_head_dim=rope_dim).bytes_written == open_checkpoint(str(out)).bytes
+    text = {name: tensor for name, tensor in load_file(Path(source) / "model.safetensors").items() if "vision" not in name}
+    assert info(source)["parameters"] == sum(tensor.numel() for name, tensor in text.items() if "projector" not in name)
+    assert f"Converted from the text decoder of `{source}`" in (out / "README.md").read_text()
+
+
+@pytest.mark.family(WRAPPED)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@torch.no_grad()
+def test_wrappers_are_read_as_their_text_decoders(tmp_path, monkeypatch, wrapper):
+    """Under older and newer names, with a head and without, in a folder and by headers alone."""
+    ids = torch.randint(3, 4096, (2, 24))
+    for newer, tied in ((False, False), (True, True)):
+        source = make_wrapper(tmp_path / str(newer), wrapper, DECODERS[wrapper], newer, tie_word_embeddings=tied)
+        original = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+        text = load_model(open_checkpoint(source), torch.device("cpu"), torch.float32)
+        assert torch.equal(text(ids).logits, original(input_ids=ids).logits)
+        assert text.config.tie_word_embeddings == tied
+        whole = Checkpoint("org/name", read_config(Path(source), source), read_headers(Path(source), source))
+        monkeypatch.setattr("hf_mla_conversion.source.checkpoint.hub_headers", lambda *_, whole=whole: whole)
+        assert plan("org/name") == plan(source)
+
+
+def change_wrapper(folder, **changes):
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | changes | {"text_config": config["text_config"] | changes.get("text_config", {})}))
+
+
+@torch.no_grad()
+def test_wrappers_are_taken_at_their_word(tmp_path, caplog):
+    """A head that is stored where config.json ties it is one of its own, as for the library; what cannot be is said."""
+    source = make_wrapper(tmp_path, "llava", "Llama", tie_word_embeddings=True)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    other = {"language_model.lm_head.weight": tensors["language_model.model.embed_tokens.weight"].flip(0)}
+    save_file(tensors | other, file, metadata={"format": "pt"})
+    ids = torch.randint(3, 4096, (2, 24))
+    original = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32).eval()
+    text = load_model(open_checkpoint(source), torch.device("cpu"), torch.float32)
+    assert torch.equal(text(ids).logits, original(input_ids=ids).logits)
+    assert torch.equal(text.lm_head.weight, other["language_model.lm_head.weight"].float())
+
+    change_wrapper(source, quantization_config={"quant_method": "fp8"})
+    assert "the checkpoint is quantized" in plan(source).reason
+    change_wrapper(source, quantization_config=None, text_config={"model_type": "gpt2"})
+    reason = "the text decoder of a 'llava': model type 'gpt2' is not supported; supported: llama"
+    assert reason in plan(source).reason
+    caplog.clear()
+    with pytest.raises(UserError, match=reason):
+        convert(source, str(tmp_path / "out"))
+    assert not caplog.records  # nothing is taken
+    change_wrapper(source, text_config={"model_type": "llama"})
+    save_file({name.removeprefix("language_model."): tensor for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match="has no tensor under language_model, as a 'llava' has it in Transformers"):
+        plan(source)
 
 
 @pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "SmolLM3", "GPTNeoX", "GptOss"])

@@ -21,9 +21,9 @@ from hf_mla import configuration_mla, modeling_mla
 
 
 def imported():
-    """Families of Transformers whose models have been imported; Llama's are for two functions in attention, Bloom's by PEFT."""
+    """Families of Transformers whose models have been imported; Bloom's are by PEFT."""
     names = [name.split(".") for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
-    return {family for _, _, family, *_ in names} - {"auto", "llama", "bloom"}
+    return {family for _, _, family, *_ in names} - {"auto", "bloom"}
 
 
 def only_what_is_used(folder, config):

@@ -269,8 +269,8 @@ def test_output_where_the_file_lies_is_refused(capsys, tmp_path, llama):
 
 
 REFUSED = {  # what of the file is otherwise, and what is said
-    "another architecture": ({"architecture": "gemma3"}, "model type 'gemma3' is not supported; supported: llama"),
-    "gpt2": ({"architecture": "gpt2"}, "model type 'gpt2' is not supported"),
+    "another architecture": ({"architecture": "gemma3"}, "'gemma3'; .gguf files of llama, mistral, qwen2, qwen3 are read: give a"),
+    "gpt2": ({"architecture": "gpt2"}, "is of architecture 'gpt2'"),
     "a part": ({"fields": [("add_uint16", "split.count", 3)]}, "is one of 3 parts; give one file, as llama-gguf-split --merge"),
     "projector": ({"fields": [("add_type", "mmproj")]}, "holds no language model but 'mmproj'"),
     "adapter": ({"fields": [("add_type", "adapter")]}, "holds no language model but 'adapter'"),

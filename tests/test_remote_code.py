@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_mla
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_mla
@@ -21,9 +22,13 @@ WITHOUT_HF_MLA = """
 import sys
 sys.modules["hf_mla"] = None  # importing it raises ImportError
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
-folder, again = sys.argv[1:]
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+folder, again, qwen3 = sys.argv[1:]
 options = {"trust_remote_code": True}
+AutoModelForCausalLM.from_pretrained(qwen3, **options).generate(torch.tensor([[3, 4]]), max_new_tokens=2)
+names = [name.split(".") for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name]
+print(*sorted({family for _, _, family, *_ in names} - {"auto", "bloom"}))  # Bloom's are by PEFT
+from transformers import pipeline  # which imports another in older versions
 assert AutoConfig.from_pretrained(folder, **options).model_type == "llama_mla"
 tokenizer = AutoTokenizer.from_pretrained(folder, **options)  # 5.23 reads the model configuration for it
 ids = tokenizer("The captain looked at the sea and", return_tensors="pt")["input_ids"]
@@ -47,17 +52,18 @@ for path in (folder, again):
 
 @pytest.fixture(scope="module")
 def elsewhere(converted, tmp_path_factory):
-    """What a process without hf_mla prints of the checkpoint and of its own copy of it, and that copy."""
+    """What a process without hf_mla prints: families imported for a Qwen3, the checkpoint, its own copy of it; and that copy."""
     scratch = tmp_path_factory.mktemp("elsewhere")
+    make_mla("Qwen3", num_key_norms=2).save_pretrained(scratch / "qwen3")
     environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_HF_MLA, converted[0], str(scratch / "again")]
+    command = [sys.executable, "-c", WITHOUT_HF_MLA, converted[0], str(scratch / "again"), str(scratch / "qwen3")]
     done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines(), scratch / "again"
 
 
 def test_loads_without_hf_mla_installed(converted, elsewhere):
-    (first, second), _ = elsewhere
+    (_, first, second), _ = elsewhere
     assert first == second
     model = AutoModelForCausalLM.from_pretrained(converted[0], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(converted[0])
@@ -66,6 +72,10 @@ def test_loads_without_hf_mla_installed(converted, elsewhere):
     tokens = model.generate(ids, max_new_tokens=20, do_sample=False).tolist()
     text = pipeline("text-generation", model=model, tokenizer=tokenizer)("The captain", max_new_tokens=8, do_sample=False)
     assert first == repr((logits, tokens, text[0]["generated_text"]))
+
+
+def test_a_checkpoint_imports_its_own_family_alone(elsewhere):
+    assert elsewhere[0][0] == "qwen3"
 
 
 def test_remote_code_takes_the_kernel_where_hf_mla_is_installed(converted, tmp_path):

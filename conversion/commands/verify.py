@@ -10,10 +10,11 @@ from torch import Tensor
 from hf_mla import cache_bytes, cache_of
 
 from ..errors import UserError
+from ..mathematics.closed_form import mla_config
 from ..mathematics.measures import Comparison
 from ..output.reports import HEALING_RATIO, ContextReport, PerSide, VerifyReport, with_sides
 from ..source.checkpoint import Checkpoint, open_checkpoint
-from ..source.families import refusal, source_head_dim
+from ..source.families import refusal, rotary_width, source_head_dim
 from ..source.loading import choose_device, load_model
 from ..source.text import begun, read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, first_token, load_tokenizer
@@ -84,9 +85,16 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
     reason = refusal(source.config)
     if reason is not None:
         raise UserError(f"{source.name}: {reason}")
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rope_parameters")
-    pairs = [(key, getattr(converted.config, key), getattr(source.config, key)) for key in shared]
-    for key, here, there in [*pairs, ("qk_nope_head_dim", converted.config.qk_nope_head_dim, source_head_dim(source.config))]:
+    config, original = converted.config, source.config
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    pairs = [(key, getattr(config, key), getattr(original, key)) for key in shared]
+    pairs.append(("qk_nope_head_dim", config.qk_nope_head_dim, source_head_dim(original)))
+    if rotary_width(original) % config.qk_rope_head_dim:
+        pairs.append(("qk_rope_head_dim", config.qk_rope_head_dim, rotary_width(original)))
+    else:  # a narrower RoPE may be said in other words
+        expected = mla_config(original, config.kv_lora_rank, config.qk_rope_head_dim, "float32")
+        pairs.append(("rope_parameters", config.rope_parameters, expected.rope_parameters))
+    for key, here, there in pairs:
         if here != there:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 

@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 from ..errors import UserError
-from ..source.checkpoint import Checkpoint, user_path
+from ..source.checkpoint import Checkpoint, DecoderCheckpoint, user_path
+from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
 from ..source.tokenizer import custom_code
 from .reports import HEALING_RATIO, ConvertReport, ExportReport, HealReport
@@ -17,7 +18,7 @@ CARD = """---
 
 # {name} with Multi-head Latent Attention
 
-Converted from `{source}` by hf_mla {version}: the KV cache holds {converted} numbers per token and layer,
+Converted from {source} by hf_mla {version}: the KV cache holds {converted} numbers per token and layer,
 a latent of {rank} and a rotary key of {rope}, in place of {original} ({saved:.2%} less).
 
 ```python
@@ -61,7 +62,7 @@ TRAINED = {
 }
 
 
-def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: dict) -> str:
+def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, recipe: dict) -> str:
     """Compose the card of a converted checkpoint; the licence is carried over from the source's card."""
     assert source.folder is not None and report.kv_floats_per_token_per_layer is not None and report.kv_ratio is not None
     metadata = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [mla, hf_mla]"]
@@ -81,7 +82,7 @@ def model_card(source: Checkpoint, config: Any, report: ConvertReport, recipe: d
     return CARD.format(
         metadata="\n".join(metadata),
         name=source.name.rstrip("/").rsplit("/", 1)[-1],
-        source=source.name,
+        source="the text decoder of " * isinstance(source.stored, DecoderCheckpoint) + f"`{source.name}`",
         version=recipe["versions"]["hf_mla"],
         converted=report.kv_floats_per_token_per_layer.converted,
         original=report.kv_floats_per_token_per_layer.source,

@@ -4,10 +4,12 @@
 * Headers first: a truncated shard or an index that names an absent one is found before any weight is read. Whether the tensors
   are those of a model is found next, in `matching.py`.
 * A .gguf file (`gguf_file.py`) is a checkpoint as well, of tensors in bfloat16.
+* Of a multimodal checkpoint the text decoder alone is one, by the names that it would have without the rest.
 * `ShardWriter` writes shards tensor by tensor.
 """
 
 import json
+import logging
 import math
 import re
 import shutil
@@ -19,11 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, brief
-from .gguf_file import ARCHITECTURES, GGUFFile, is_gguf
+from .families import FAMILIES, WRAPPERS
+from .gguf_file import GGUFFile, is_gguf
 
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +41,9 @@ LICENCES = ["LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md"]
 HUB_PATTERNS += LICENCES
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# What stands before the names of a text decoder's tensors, its head's too or not, as older and newer Transformers save multimodal
+# models; what is left may be without the prefix of a decoder with a head, as in any checkpoint.
+IN_WRAPPER = r"^(model\.)?language_model\."
 
 
 @dataclass(frozen=True)
@@ -161,8 +169,23 @@ class GGUFCheckpoint(Checkpoint):
         return {name: self.file.tensor(name, stored).to(device, dtype) for name in names}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DecoderCheckpoint(Checkpoint):
+    """The text decoder in a multimodal checkpoint."""
+
+    whole: Checkpoint
+    """The checkpoint."""
+    names: dict[str, str]
+    """What the decoder's tensors are called there, by their names here."""
+
+    def load(self, names: list[str], device: Any, dtype: Any = None) -> "dict[str, Tensor]":
+        """Read some tensors; see `Checkpoint.load`."""
+        read = self.whole.load([self.names[name] for name in names], device, dtype)
+        return {name: read[self.names[name]] for name in names}
+
+
 def open_checkpoint(source: str, revision: str | None = None, *, headers_only: bool = False) -> Checkpoint:
-    """Open a folder, a .gguf file or a Hub id and check that it is a whole checkpoint.
+    """Open a folder, a .gguf file or a Hub id and check that it is a whole checkpoint; of a multimodal one, the text decoder.
 
     Args:
         source: a folder, a .gguf file, or a Hub id; an id is downloaded (or taken from the local cache when offline).
@@ -187,16 +210,29 @@ def open_checkpoint(source: str, revision: str | None = None, *, headers_only: b
             raise UserError(f"there is no folder {source}; give a checkpoint folder or a Hub id like org/name")
         headers = hub_headers(source, revision) if headers_only else None
         if headers is not None:
-            return headers
+            return text_decoder(headers)
         folder = hub_folder(source, revision)
-    return read_folder(folder, source)
-
-
-def read_folder(folder: Path, source: str) -> Checkpoint:
-    """Read configuration and headers of a folder, which the user called `source`."""
     if (folder / ADAPTER).is_file():
         refuse_adapter(source)
-    return Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder)
+    return text_decoder(Checkpoint(source, read_config(folder, source), read_headers(folder, source), folder))
+
+
+def text_decoder(checkpoint: Checkpoint) -> Checkpoint:
+    """The text decoder of a multimodal checkpoint, if it is of a supported family; any other checkpoint as it is."""
+    whole, name = checkpoint.config, checkpoint.name
+    if whole.model_type not in WRAPPERS or whole.text_config.model_type not in FAMILIES:
+        return checkpoint
+    config = whole.text_config
+    config.tie_word_embeddings = whole.tie_word_embeddings  # the library goes by this one
+    config.quantization_config = getattr(whole, "quantization_config", None)
+    heads = [tensor for tensor in checkpoint.tensors if tensor.startswith("lm_head.")]
+    names = {re.sub(IN_WRAPPER, "", tensor): tensor for tensor in checkpoint.tensors if re.match(IN_WRAPPER, tensor)}
+    if not names:
+        raise UserError(f"{name} has no tensor under language_model, as a {whole.model_type!r} has it in Transformers; save it so")
+    names |= {tensor: tensor for tensor in heads}
+    logger.warning("%s is a %r: its text decoder (%s) is taken, all else is left out", name, whole.model_type, config.model_type)
+    tensors = {tensor: checkpoint.tensors[inside] for tensor, inside in names.items()}
+    return DecoderCheckpoint(name, config, tensors, checkpoint.folder, whole=checkpoint, names=names)
 
 
 def open_gguf(path: Path, source: str, *, headers_only: bool) -> Checkpoint:
@@ -204,7 +240,7 @@ def open_gguf(path: Path, source: str, *, headers_only: bool) -> Checkpoint:
     file = GGUFFile(path, source)
     config = file.config()
     tensors = {name: TensorHeader(file.shape(name), DTYPES[file.dtype], path.name) for name in file.tensors}
-    if headers_only or file.architecture not in ARCHITECTURES:
+    if headers_only:
         return GGUFCheckpoint(source, config, tensors, file=file)
     try:
         folder = Path(tempfile.mkdtemp(prefix="hf_mla-"))

@@ -13,6 +13,10 @@ from ..errors import UserError
 
 QK_NORM_VARIANTS = ("exact", "fold")
 
+# Model types with more than text of which the library makes the logits of a text as it does for their text decoder alone. (Not
+# "aya_vision", for example: it leaves out Cohere 2's `logit_scale`.)
+WRAPPERS = ("llava", "llava_next", "llava_onevision", "vipllava", "mistral3", "gemma3", "internvl")
+
 # Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `ladder.narrowed`.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
@@ -104,6 +108,8 @@ def refusal(config: Any) -> str | None:
     if config.model_type not in FAMILIES:
         if config.model_type.endswith("_mla") or getattr(config, "kv_lora_rank", None) is not None:
             return f"model type {config.model_type!r} already has latent attention; there is nothing to convert"
+        if config.model_type in WRAPPERS:
+            return f"the text decoder of a {config.model_type!r}: {refusal(config.text_config)}"
         return f"model type {config.model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
     if getattr(config, "quantization_config", None):
         return "the checkpoint is quantized; convert the unquantized one and quantize the result"

@@ -62,7 +62,8 @@ class GGUFFile:
         source: what the user called it, for messages.
 
     Raises:
-        UserError: the package is not installed, or the file is damaged, a part of a model, or holds something else.
+        UserError: the package is not installed, or the file is damaged, a part of a model, or holds something else or a model of
+            an architecture that is not read.
     """
 
     def __init__(self, path: Path, source: str) -> None:
@@ -86,6 +87,11 @@ class GGUFFile:
         if kind != "model":
             raise UserError(f"{source} holds no language model but {kind!r}; give the .gguf file of the model itself")
         self.architecture = str(self.field("general.architecture"))
+        if self.architecture not in ARCHITECTURES:
+            raise UserError(
+                f"{source} is of architecture {self.architecture!r}; .gguf files of {', '.join(ARCHITECTURES)} are read: give a "
+                f"checkpoint with safetensors, if its model type is one of {', '.join(FAMILIES)}"
+            )
         if self.own("expert_count"):
             raise UserError(f"{source} is a mixture of {self.own('expert_count')} experts, which is not supported")
         self.tensors = {self.rename(tensor.name): tensor for tensor in reader.tensors}
@@ -109,8 +115,6 @@ class GGUFFile:
 
     def rename(self, name: str) -> str:
         """A tensor's name in Transformers; one that is not known stays as it is."""
-        if self.architecture not in ARCHITECTURES:
-            return name
         base, _, kind = name.rpartition(".")
         if base in NAMES:
             return f"{NAMES[base]}.{kind}"
@@ -122,7 +126,7 @@ class GGUFFile:
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
     def config(self) -> Any:
-        """The configuration in Transformers' terms; of another family its type alone, to be refused by name.
+        """The configuration in Transformers' terms.
 
         Returns:
             The configuration. `rope_freqs.weight`, if it is there, is part of it, and no tensor any more.
@@ -130,15 +134,8 @@ class GGUFFile:
         Raises:
             UserError: the header is not that of such a model.
         """
-        from transformers import CONFIG_MAPPING, PreTrainedConfig
+        from transformers import CONFIG_MAPPING
 
-        if self.architecture not in ARCHITECTURES:
-            if self.architecture in FAMILIES:
-                raise UserError(
-                    f"{self.source} is of architecture {self.architecture!r}; .gguf files of {', '.join(ARCHITECTURES)} are read: "
-                    "give a checkpoint with safetensors"
-                )
-            return type("UnknownConfig", (PreTrainedConfig,), {"model_type": self.architecture})()
         try:
             heads, hidden = self.own("attention.head_count"), self.own("embedding_length")
             width = self.own("attention.key_length") or hidden // heads

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
-from .checkpoint import DTYPES, Checkpoint, GGUFCheckpoint
+from .checkpoint import DTYPES, IN_WRAPPER, Checkpoint, DecoderCheckpoint, GGUFCheckpoint
 from .families import caps_scores
 from .matching import experts_option, match_model
 
@@ -86,6 +86,9 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
             state = checkpoint.load([*checkpoint.tensors], "cpu")
             loaded = type(checkpoint.model).from_pretrained(None, config=checkpoint.config, state_dict=state, **options)
             loaded[0].generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+        elif isinstance(checkpoint.stored, DecoderCheckpoint):
+            options["key_mapping"] = {IN_WRAPPER: ""}
+            loaded = type(checkpoint.model).from_pretrained(checkpoint.folder, config=checkpoint.config, **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     except Exception as error:  # any type: what a configuration can break is up to the library
