@@ -143,7 +143,7 @@ def mla():
 
 
 def made_once(tmp_path_factory, name, make):
-    """A folder and what `make` returned when it was made there: by the first of several processes that asks, and only read from then on."""
+    """A folder, and what `make` returned that made it: the first of several processes that asks; from then on it is only read."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name  # one for all processes of pytest-xdist
     with FileLock(f"{folder}.lock"):
