@@ -22,7 +22,7 @@ from hf_mla_conversion.mathematics.survey import advance, gradient_moments, laye
 from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
-from hf_mla_conversion.source.own_text import BUNDLED_NAME, OWN_TEXT
+from hf_mla_conversion.source.own_text import OWN_TEXT
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages import layers as layers_module
@@ -207,10 +207,8 @@ def test_every_output_carries_how_it_was_made(converted):
 @pytest.mark.parametrize(("family", "changes"), FAMILIES.items(), ids=FAMILIES)
 def test_every_family(tmp_path, family, changes):
     source = make_source(tmp_path / "source", family.split(",")[0], **changes)
-    out, options = str(tmp_path / "out"), {"steps": 3, "calibration_tokens": 2048, "device": "cpu"}
-    if family != "Mistral":  # text of its own is as long as the window there
-        options["calibration"] = BUNDLED_NAME
-    report = convert(source, out, kv_budget=0.6, **options)
+    out = str(tmp_path / "out")
+    report = convert(source, out, kv_budget=0.6, steps=3, calibration_tokens=2048, device="cpu")
     planned = plan(source, kv_lora_rank=report.kv_lora_rank, qk_rope_head_dim=report.qk_rope_head_dim)
     assert open_checkpoint(out).bytes == planned.bytes_written
     assert report.kv_floats_per_token_per_layer.converted <= 0.6 * 64
@@ -235,7 +233,6 @@ def test_folded_norms_are_plain_deepseek(tmp_path):
         qk_rope_head_dim=8,
         qk_norm="fold",
         steps=3,
-        calibration=BUNDLED_NAME,
         calibration_tokens=2048,
         device="cpu",
     )
@@ -246,7 +243,6 @@ def test_folded_norms_are_plain_deepseek(tmp_path):
 def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
     source = make_source(tmp_path / "source")
     options = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "calibration_tokens": 4096, "steps": 3, "device": "cpu"}
-    options["calibration"] = BUNDLED_NAME
     convert(source, str(tmp_path / "memory"), **options)
     kept = []
 
