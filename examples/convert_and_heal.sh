@@ -17,9 +17,9 @@ if [ $# -eq 0 ]; then
     bundled=$(python -c "import hf_mla_conversion; print(hf_mla_conversion.__path__[0])")/bundled
     set -- "$bundled/model" bundled-mla "$bundled/calibration.txt.xz" "$bundled/validation.txt.xz"
     # A quarter of the cache, in closed form, so that there is something to heal in so few steps.
-    convert="--kv-lora-rank 32 --qk-rope-head-dim 16 --steps 0 --calibration-tokens 8192"
+    convert="--kv-lora-rank 32 --qk-rope-head-dim 16 --steps 0 --calibration-tokens 4096"
     heal="--steps 24 --step-tokens 1024 --learning-rate 2e-4"
-    verify="--tokens 8192"
+    verify="--tokens 4096"
 else
     # The share of the cache to keep; the smaller, the more there is to heal.
     convert="--kv-budget 0.3125"

@@ -63,8 +63,8 @@ options = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as scratch:
     source, out = options.model or f"{scratch}/bundled-mla", options.out or f"{scratch}/backwards-mla"
-    if options.model is None:  # few steps on little text, for the example's sake; the defaults convert better
-        convert(str(BUNDLED / "model"), source, kv_lora_rank=80, qk_rope_head_dim=16, steps=20, calibration_tokens=16384)
+    if options.model is None:  # in closed form and on little text, for the example's sake; the defaults convert better
+        convert(str(BUNDLED / "model"), source, kv_lora_rank=80, qk_rope_head_dim=16, steps=0, calibration_tokens=4096)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
 
@@ -79,12 +79,12 @@ with tempfile.TemporaryDirectory() as scratch:
         model=model,
         args=TrainingArguments(
             output_dir=f"{scratch}/training",
-            max_steps=100,
+            max_steps=60,
             per_device_train_batch_size=32,
             learning_rate=2e-3,  # the model is tiny; 2e-4 is usual for billions of parameters
             lr_scheduler_type="cosine",
-            warmup_steps=10,
-            logging_steps=25,
+            warmup_steps=6,
+            logging_steps=20,
             save_strategy="no",
             report_to="none",
         ),

@@ -76,8 +76,8 @@ options = parser.parse_args()
 
 with tempfile.TemporaryDirectory() as scratch:
     source, out = options.model or f"{scratch}/bundled-mla", options.out or f"{scratch}/chat-mla"
-    if options.model is None:  # few steps on little text, for the example's sake; the defaults convert better
-        convert(str(BUNDLED / "model"), source, kv_lora_rank=80, qk_rope_head_dim=16, steps=20, calibration_tokens=16384)
+    if options.model is None:  # in closed form and on little text, for the example's sake; the defaults convert better
+        convert(str(BUNDLED / "model"), source, kv_lora_rank=80, qk_rope_head_dim=16, steps=0, calibration_tokens=4096)
     model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE

@@ -18,7 +18,7 @@ from hf_mla_conversion.source.text import BUNDLED
 with tempfile.TemporaryDirectory() as scratch:
     out = str(Path(scratch) / "bundled-mla")
     # In closed form, for the example's sake; leave `steps` and `calibration_tokens` out for a good conversion.
-    report = convert(str(BUNDLED / "model"), out, kv_lora_rank=80, qk_rope_head_dim=16, steps=0, calibration_tokens=16384)
+    report = convert(str(BUNDLED / "model"), out, kv_lora_rank=80, qk_rope_head_dim=16, steps=0, calibration_tokens=4096)
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(out)
 

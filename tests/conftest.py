@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import pickle
+import shutil
 import sys
 
 
@@ -17,6 +19,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 
 from families import Unrounded  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -139,18 +142,35 @@ def mla():
     return make_mla()
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder, and what `make` returned that made it: the first of several processes that asks; from then on it is only read."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name  # one for all processes of pytest-xdist
+    with FileLock(f"{folder}.lock"):
+        done = folder / "returned"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # another has failed at it
+            folder.mkdir()
+            returned = make(folder)
+            done.write_bytes(pickle.dumps(returned))
+    return folder, pickle.loads(done.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """The bundled model, converted as `hf-mla demo` does but on less text and in shorter sequences; a folder and the report."""
-    folder = tmp_path_factory.mktemp("bundled") / "mla"
     options = {"calibration": BUNDLED_NAME, "calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
-    report = convert(MODEL, str(folder), kv_lora_rank=44, qk_rope_head_dim=16, **options)
-    return str(folder), report
+    folder, report = made_once(
+        tmp_path_factory, "bundled", lambda f: convert(MODEL, str(f / "mla"), kv_lora_rank=44, qk_rope_head_dim=16, **options)
+    )
+    return str(folder / "mla"), report
 
 
 @pytest.fixture(scope="session")
 def closed_form(tmp_path_factory):
     """The bundled model in closed form; a folder."""
-    folder = str(tmp_path_factory.mktemp("closed_form") / "mla")
-    convert(MODEL, folder, kv_lora_rank=44, qk_rope_head_dim=16, calibration_tokens=16384, steps=0, device="cpu")
-    return folder
+    options = {"calibration_tokens": 8192, "window": 256, "steps": 0, "device": "cpu"}
+    folder, _ = made_once(
+        tmp_path_factory, "closed_form", lambda f: convert(MODEL, str(f / "mla"), kv_lora_rank=44, qk_rope_head_dim=16, **options)
+    )
+    return str(folder / "mla")

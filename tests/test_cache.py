@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 from hf_mla import LatentDynamicLayer, MLACache, cache_bytes, cache_of
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_bytes_after_generating_1000_tokens(converted, batch):
-    folder, report = converted
+def test_bytes_after_generating_1000_tokens(converted):
+    (folder, report), batch = converted, 2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.randint(3, 4096, (batch, 7))
     outputs = model.generate(prompt, min_new_tokens=1000, max_new_tokens=1000, do_sample=False, return_dict_in_generate=True)

@@ -158,7 +158,7 @@ def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
     report = convert(
-        str(source), str(tmp_path / "out"), kv_lora_rank=44, qk_rope_head_dim=16, steps=0, calibration_tokens=8192, device="cpu"
+        str(source), str(tmp_path / "out"), kv_lora_rank=44, qk_rope_head_dim=16, steps=0, calibration_tokens=4096, device="cpu"
     )
     assert report.window == 1024
     assert "predicts worse beyond 1,024 tokens" in caplog.text
@@ -169,7 +169,7 @@ def test_reconstruction_keeps_the_model(converted):
     folder, report = converted
     before, after = (sum(getattr(layer, f"error_{name}") for layer in report.layers) for name in ("closed_form", "reconstructed"))
     assert after < 0.85 * before
-    measured = verify(folder, against=MODEL, text=VALIDATION, tokens=16384, device="cpu")
+    measured = verify(folder, against=MODEL, text=VALIDATION, tokens=8192, device="cpu")
     assert measured.perplexity_ratio < 1.32, measured.perplexity_ratio
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.config.kv_a_layernorm_eps == 1e-6
@@ -204,12 +204,11 @@ def test_every_output_carries_how_it_was_made(converted):
     assert all(math.isclose(sum(spectrum), 1, rel_tol=0.01) for spectrum in written["spectra"])
 
 
-@pytest.mark.parametrize("steps", [0, 3])
 @pytest.mark.parametrize(("family", "changes"), FAMILIES.items(), ids=FAMILIES)
-def test_every_family(tmp_path, family, changes, steps):
+def test_every_family(tmp_path, family, changes):
     source = make_source(tmp_path / "source", family.split(",")[0], **changes)
     out = str(tmp_path / "out")
-    report = convert(source, out, kv_budget=0.6, steps=steps, calibration_tokens=2048, device="cpu")
+    report = convert(source, out, kv_budget=0.6, steps=3, calibration_tokens=2048, device="cpu")
     planned = plan(source, kv_lora_rank=report.kv_lora_rank, qk_rope_head_dim=report.qk_rope_head_dim)
     assert open_checkpoint(out).bytes == planned.bytes_written
     assert report.kv_floats_per_token_per_layer.converted <= 0.6 * 64
@@ -279,34 +278,26 @@ import sys
 def peak():
     status = open("/proc/self/status").read()  # getrusage would count the parent's peak as well
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024)
+    open("/proc/self/clear_refs", "w").write("5")  # the next peak is one of its own
 import accelerate, hf_mla, hf_mla_conversion.commands.convert
 from transformers import AutoTokenizer, LlamaForCausalLM
 peak()
-hf_mla_conversion.convert(
-    sys.argv[1], sys.argv[2], kv_lora_rank=192, qk_rope_head_dim=32, steps=1, calibration_tokens=2048, device="cpu"
-)
-peak()
+for source in sys.argv[1:]:
+    options = dict(kv_lora_rank=192, qk_rope_head_dim=32, steps=1, calibration_tokens=1024, device="cpu")
+    hf_mla_conversion.convert(source, source + "-mla", **options)
+    peak()
 """
 
 
 def test_peak_memory_does_not_grow_with_depth_and_is_foretold(tmp_path):
-    peaks = {}
-    for layers in (3, 6):  # the first few grow the heap to its size
-        source = make_source(
-            tmp_path / f"{layers}",
-            hidden_size=768,
-            intermediate_size=2048,
-            num_attention_heads=12,
-            num_key_value_heads=4,
-            head_dim=64,
-            num_hidden_layers=layers,
-            max_position_embeddings=512,
-            dtype=torch.bfloat16,
-        )
-        words = [sys.executable, "-c", PEAK, source, str(tmp_path / f"out{layers}")]
-        done = subprocess.run(words, env=os.environ | RETURNED_AT_ONCE, capture_output=True, text=True, check=True)
-        libraries, peaks[layers] = map(int, done.stdout.split())
-    assert peaks[6] < 1.05 * peaks[3], peaks
+    depths = (3, 6)  # the first few layers grow the heap to its size
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
+    shape |= {"max_position_embeddings": 512, "dtype": torch.bfloat16}
+    sources = [make_source(tmp_path / f"{layers}", num_hidden_layers=layers, **shape) for layers in depths]
+    words = [sys.executable, "-c", PEAK, *sources]
+    done = subprocess.run(words, env=os.environ | RETURNED_AT_ONCE, capture_output=True, text=True, check=True)
+    libraries, shallow, deep = map(int, done.stdout.split())
+    assert deep < 1.05 * shallow, (shallow, deep)
     # A PyTorch built with CUDA takes some hundred megabytes more before anything is done.
-    foretold = memory_estimate(open_checkpoint(source), (192, 32), tokens=2048) - LIBRARIES + libraries
-    assert 0.8 * foretold < peaks[6] < 1.1 * foretold, (peaks, foretold)
+    foretold = memory_estimate(open_checkpoint(sources[1]), (192, 32), tokens=1024) - LIBRARIES + libraries
+    assert 0.8 * foretold < deep < 1.1 * foretold, (shallow, deep, foretold)

@@ -144,8 +144,12 @@ GPU_CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("case", CASES | GPU_CASES if ON_GPU else CASES)
+# In the interpreter, errors of float32 show every mistake but those of numbers that are turned into others.
+HALF = ["many splits", "odd dimensions", "512 + 64", "fp8, key norms", "int8, 512 + 64", "sinks, tree", "sinks, int8"]
+CHOSEN = [(case, dtype) for case in (CASES | GPU_CASES if ON_GPU else CASES) for dtype in TYPES[: 1 + (ON_GPU or case in HALF)]]
+
+
+@pytest.mark.parametrize("case, dtype", CHOSEN, ids=str)
 def test_against_float64(case, dtype):
     batch, heads, new_tokens, tokens, rank, rope_dim, options = (CASES | GPU_CASES)[case]
     options = dict(options)

@@ -1,16 +1,13 @@
 """What the ecosystem does with models: offloads, splits, quantizes, trains them and calls them through pipelines."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
 import transformers
-from conftest import MODEL, make_mla
+import two_processes
+from conftest import MODEL, make_mla, run_apart
 from native_models import config_and_class, native, read
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Trainer, TrainingArguments, pipeline
 from two_processes import IDS, counted_absorption, speak, train
@@ -106,10 +103,8 @@ def together(saved, tmp_path_factory):
     """What two processes compute."""
     file, other = (tmp_path_factory.mktemp("together") / name for name in ("results.pt", "native"))
     copy.deepcopy(native("minicpm3")).float().save_pretrained(other)
-    script = Path(__file__).with_name("two_processes.py")
-    command = [sys.executable, str(script), str(saved[1]), str(other), str(file)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, said = run_apart(file.with_name("log"), two_processes.together, saved[1], other, file)
+    assert code == 0, said[-2000:]
     return torch.load(file) | {"native folder": other}
 
 

@@ -1,13 +1,10 @@
 """What tests/test_integration.py has two processes do together; the first one saves the results.
 
 They are one that forks once all is imported: to have torchrun start two takes twice as long as what they do.
-
-Arguments: the folder of a converted model, that of an MLA model of the library, and the file to write.
 """
 
 import os
 import socket
-import sys
 from unittest import mock
 
 import torch
@@ -99,13 +96,15 @@ def fork():
     return child
 
 
-if __name__ == "__main__":
-    folder, native, file = sys.argv[1:]
+def together(folder, native, file):
+    """What both do with a converted model and with an MLA model of the library, saved in a file; the exit code."""
     child = fork()
+    torch.set_num_threads(1)
     results = {"tensor parallel": tensor_parallel(folder), "fully sharded": fully_sharded(folder)}
     results["native"] = native_tensor_parallel(native)
     results["native, fully sharded"] = fully_sharded(native, attn_implementation="hf_mla")
     torch.distributed.destroy_process_group()
-    if child:
-        torch.save(results, file)
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if not child:
+        return 0
+    torch.save(results, file)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
