@@ -49,12 +49,10 @@ def test_conversion_with_training_is_reproducible(tmp_path, name):
     sizes = {"kv_lora_rank": min(rank, 20), "qk_rope_head_dim": rope_dim}
     amounts = {"calibration_tokens": 4096, "window": 128, "steps": 2, "heal_tokens": 1 << 16}
     reports = [convert(str(tmp_path / "source"), str(tmp_path / out), device="cuda", **amounts, **sizes) for out in "ab"]
-    assert all(report.end_to_end.steps_taken > 0 for report in reports)
+    for report in reports:
+        assert report.perplexity_ratio < report.layers_alone.perplexity_ratio
     first, second = (load_file(tmp_path / out / "model.safetensors") for out in "ab")
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).cuda()
     ids = torch.randint(3, 4096, (2, 24)).cuda()
     assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
-    source = AutoModelForCausalLM.from_pretrained(tmp_path / "source")
-    expected = source(ids.cpu()).logits
-    assert (model.float().cpu()(ids.cpu()).logits - expected).square().mean().sqrt() < 0.5 * expected.std()
