@@ -1,11 +1,11 @@
 """What several GPUs give: conversion, healing, decoding, serving, a long sequence; all in one go, with results as they come.
 
-python benchmarks/scale.py [--parts convert,heal,decode,serve,long,plan] [--gpus N] [--seconds 400] [--layers 4] [--out FILE] [--tiny]
+python benchmarks/scale.py [--parts convert,heal,decode,serve,long,plan] [--gpus N] [--seconds 400] [--layers 4] [--out FILE]
 python benchmarks/scale.py --page      writes the tables in docs/scale.md from results/scale.json
 
-Every measurement is a process, or several, of its own (`scale_tasks.py`, or the commands that users run); one that fails or runs out of
-its time shows the end of its log, and the others go on. Parts are cut into lanes. Those of a round run side by side, as far as there
-are GPUs; rounds come one after the other, the most important first. `--seconds` ends it, whatever is at work.
+Every measurement is a process, or several, of its own (`scale_tasks.py`, or the commands that users run); one that fails or runs
+out of its time shows the end of its log, and the others go on. Parts are cut into lanes. Those of a round run side by side, as far
+as there are GPUs; rounds come one after the other, the most important first. `--seconds` ends it, whatever is at work.
 Without GPUs, or with `--tiny`, the same is done with small models by processes on the CPU.
 
 Memory of a GPU is what nvidia-smi shows, host memory what the processes have for themselves, both looked at five times a second.
@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -331,7 +331,7 @@ class Scale:
         if processes == 1:
             return [sys.executable]
         if self.tiny and not config:
-            return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            return torchrun(processes)
         port = ["--main_process_port", str(free_port())]
         return [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", str(processes), *port]
 
@@ -360,7 +360,7 @@ class Scale:
             ran = self.run(out, command, gpus, 260, watched=watched)
             report = json.loads(ran.output[ran.output.index("{") :])
             times = stages(ran.marks, ran.seconds)
-            found |= {"seconds": ran.seconds, **times, "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
+            found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
             found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"], "layers": len(report["layers"])}
             found["sha256"] = layers_digest(self.work / out)
             if not kill:
@@ -527,7 +527,8 @@ class Scale:
             "import json, sys; from hf_mla_conversion.commands.plan import memory_estimate as m; "
             "from hf_mla_conversion.source.checkpoint import open_checkpoint; "
             "from hf_mla_conversion.source.matching import match_model; "
-            "c = match_model(open_checkpoint(sys.argv[1], headers_only=True)); size = (24, 8) if sys.argv[2] == '1' else (512, 64); "
+            "c = match_model(open_checkpoint(sys.argv[1], headers_only=True)); "
+            "size = (24, 8) if sys.argv[2] == '1' else (512, 64); "
             "device = 'cpu' if sys.argv[2] == '1' else 'cuda'; "
             "print('RESULT', json.dumps({'without_hidden_states': m(c, size, 0, device), "
             "'with_hidden_states': m(c, size, int(sys.argv[3]), device)}))"
@@ -620,10 +621,8 @@ class Scale:
     def stop(self) -> None:
         """End all that runs."""
         for pid in [*self.running]:
-            try:
+            with suppress(OSError):
                 os.killpg(pid, signal.SIGKILL)
-            except OSError:
-                continue
 
 
 def count_gpus() -> int:
@@ -669,11 +668,14 @@ def kill_rank(pid: int, rank: int) -> bool:
 
 def end_group(process: subprocess.Popen) -> None:
     """End a command and all that it has started."""
-    try:
+    with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
-    except OSError:
-        pass
     process.wait()
+
+
+def torchrun(processes: int) -> list[str]:
+    """What starts so many processes on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
 
 
 def free_port() -> int:
@@ -725,7 +727,14 @@ def stages(marks: dict[str, float], seconds: float) -> dict[str, float]:
     begun = marks.get("recipe.json", 0.0)
     surveyed = marks.get("prepared.json", begun)
     ended = max(layers, default=surveyed)
-    parts = {"before": begun, "survey": surveyed - begun, "layers": ended - surveyed, "after": seconds - ended}
+    up = max((when for mark, when in marks.items() if "inputs-" in mark), default=begun)
+    parts = {
+        "before": begun,
+        "survey": surveyed - begun,
+        "survey_upwards": up - begun,
+        "layers": ended - surveyed,
+        "after": seconds - ended,
+    }
     return {f"seconds_{name}": value for name, value in parts.items()}
 
 

@@ -13,7 +13,6 @@ python benchmarks/scale_tasks.py tables [FOLDER]                        what fit
 """
 
 import argparse
-import atexit
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedConfig
 
 from hf_mla.cache_mla import CACHE_NAME, cache_of
 from hf_mla.configuration_mla import release
@@ -106,6 +105,14 @@ def heal(words: list[str], tiny: bool) -> None:
 
     end_to_end.EVALUATIONS = int(os.environ.get("SCALE_EVALUATIONS", "1"))
     end_to_end.CHECKPOINTS = 1 if "SCALE_EVALUATIONS" in os.environ else 10**6  # of evaluations
+    arguments_of = end_to_end.training_arguments
+
+    def logged(*args: Any) -> Any:
+        made = arguments_of(*args)
+        made.logging_steps = 1
+        return made
+
+    end_to_end.training_arguments = logged
     if tiny and WORLD > 1:  # Accelerate chooses FSDP on GPUs only; what it then does needs none
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedType
@@ -273,7 +280,7 @@ class Requests:
             self.prompts.append(ids[start : start + length])
         self.tokens = [draw.randint(4, 48) for _ in range(count)]
         self.cancelled = set(range(7, count, 40))
-        self.malformed = {place: "" for place in range(23, count, 400)}
+        self.malformed = set(range(23, count, 400))
         for place in self.malformed:
             self.prompts[place] = []
         self.plain = [place for place in range(count) if place not in self.cancelled and place not in self.malformed]
@@ -375,7 +382,7 @@ def serve(folder: str, count: int, tiny: bool) -> None:
         expected=len(requests.plain),
         lost=[[place, str(answers.get(place))[:100]] for place in (lost + short)[:5]],
         cancelled=len(requests.cancelled),
-        malformed={str(place): str(answers.get(place))[:100] for place in requests.malformed},
+        malformed={str(place): str(answers.get(place))[:100] for place in sorted(requests.malformed)},
         seconds=seconds,
         requests_per_second=count / seconds,
         memory_after_first_tenth=samples[min(2, len(samples) - 1)],
@@ -475,7 +482,7 @@ def known_models() -> dict[str, PreTrainedConfig]:
     context = {"max_position_embeddings": 40960, "tie_word_embeddings": False}
     return {
         "Llama-3-8B": llama("8b", 32, tiny=False),
-        "Qwen3-32B": Qwen3Config(**qwen_32b, **context, num_hidden_layers=64, vocab_size=151936),
+        "Qwen3-32B": Qwen3Config(**qwen_32b, **context, head_dim=128, num_hidden_layers=64, vocab_size=151936),
         "Llama-3-70B": LlamaConfig(**llama_70b, head_dim=128, num_hidden_layers=80, vocab_size=128256, **ROPE),
         "Qwen3-235B-A22B": Qwen3MoeConfig(**qwen_235b, **context, num_hidden_layers=94, norm_topk_prob=True),
     }

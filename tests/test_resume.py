@@ -1,10 +1,12 @@
 """A conversion that is stopped at any moment goes on, and ends as if it had not been."""
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,14 +155,22 @@ def on_one_thread(words):
 
 
 def test_two_processes_write_the_same_bytes(tmp_path, source):
-    """Each converts every second layer; all on one thread, since rounding depends on their number."""
-    code, said = run_apart(tmp_path / "log", on_one_thread, command(source, tmp_path / "one", "--json"))
+    """They share the tries of sizes, layers and text (three batches); all on one thread, since rounding depends on their number.
+
+    There is no memory for hidden states, so each process has files of its own.
+    """
+    words = ["--kv-budget=0.5", "--calibration-tokens=2560", "--steps=4", "--device=cpu", "--json"]
+    code, said = run_apart(tmp_path / "log", on_one_thread, ["convert", source, str(tmp_path / "one"), *words])
     assert code == 0, said[-2000:]
     # What `accelerate launch` starts for several GPUs; on a CPU it starts one process, whatever it is asked for.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    words = [*launch, "hf_mla_conversion.cli", *command(source, tmp_path / "two", "--json")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(Path(__file__).with_name("short_of_memory.py"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [*launch, script, "convert", source, str(tmp_path / "two"), *words]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert said.count('"output"') == done.stdout.count('"output"') == 1
+    one, two = (json.loads(text[text.index("{") : text.rindex("}") + 1]) for text in (said, done.stdout))
+    assert one["candidates"] == two["candidates"] and len(one["candidates"]) > 1
+    assert "states-0.bin" in done.stderr and "states-1.bin" in done.stderr
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")

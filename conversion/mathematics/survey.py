@@ -147,7 +147,7 @@ def loss_gradient(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor)
 @torch.no_grad()
 def advance(layer: Any, call: dict, states: Tensor, batch: int, device: torch.device) -> None:
     """Pass hidden states [windows, tokens, D] through a layer, in place."""
-    for part in states.split(batch):
+    for part in states.split(batch) if len(states) else ():
         part.copy_(layer(part.to(device), **call))
 
 
