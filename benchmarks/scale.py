@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -267,14 +268,15 @@ class Scale:
         return found
 
     def lanes(self, *lanes: tuple[int, list[tuple[str, Callable[[list[int]], Any]]]]) -> None:
-        """Run lanes side by side: each so many GPUs, and named measurements, one after the other, that are given these."""
+        """Run lanes side by side: each so many GPUs (0: the first one, beside others), and what is done with them."""
 
         def work(count: int, steps: list[tuple[str, Callable[[list[int]], Any]]]) -> None:
             if count > self.count:
                 for name, _ in steps:
                     self.skip(name, f"it needs {count} GPUs")
                 return
-            with self.pool.take(count) as gpus:
+            with self.pool.take(count) as taken:
+                gpus = taken or [0]
                 for name, step in steps:
                     try:
                         found = step(gpus)
@@ -303,10 +305,14 @@ class Scale:
             self.save()
 
     def has(self, *names: str) -> None:
-        """Raise unless these folders were made."""
+        """Wait for folders that another lane makes; an error if they were not made."""
         for name in names:
-            if not (self.work / name / "config.json").exists():
-                raise NotRunError(f"{name} was not made")
+            until = time.monotonic() + 120
+            while not (self.work / name).exists():
+                failed = any(made.startswith("make") and name.removeprefix("llama-") in made for made in self.not_run)
+                if failed or time.monotonic() > until or self.left() < 5:
+                    raise NotRunError(f"{name} was not made")
+                time.sleep(0.2)
 
     # What is measured.
 
@@ -396,9 +402,11 @@ class Scale:
         return measure
 
     def heal(self, model: str, processes: int, **changes: Any) -> Callable[[list[int]], Any]:
-        """Heal in a few steps; `kill` kills a process after a checkpoint, and goes on; `train` is what is trained."""
-        train, kill = changes.get("train", "all"), changes.get("kill", False)
-        compiled = changes.get("compiled", False)
+        """Heal in a few steps, of which only speed, loss and memory are wanted; `train` is what is trained.
+
+        With `kill`, a process is killed after a checkpoint; the same command then goes on, to the end.
+        """
+        train, kill, compiled = changes.get("train", "all"), changes.get("kill", False), changes.get("compiled", False)
 
         def measure(gpus: list[int]) -> dict[str, Any]:
             self.has(f"{model}-mla")
@@ -406,15 +414,14 @@ class Scale:
             name += "-compiled" if compiled else ""
             source, out, dest = (str(self.work / folder) for folder in (f"llama-{model}", f"{model}-mla", name))
             words = ["heal", out, dest, "--teacher", source, "--text", str(self.work / "books.txt"), "--train", train, "--json"]
-            words += ["--gradient-checkpointing", "--steps", str(changes.get("steps", 10))]
-            words += ["--step-tokens", "4096" if self.tiny else "65536"] + (["--device", "cpu"] if self.tiny else [])
+            words += ["--gradient-checkpointing", "--steps", "8", "--step-tokens", "4096" if self.tiny else "65536"]
+            words += ["--device", "cpu"] if self.tiny else []
             config = ["--config_file", str(self.work / "fsdp.yaml") if self.tiny else "examples/heal_accelerate.yaml"]
             command = [*self.launch(processes, *config), *TASKS[1:], *words]
-            watched = self.work / f".{name}.incomplete"
-            environment = {"SCALE_COMPILE": "1"} if compiled else {}
+            environment = {"SCALE_COMPILE": "1" if compiled else "0", "SCALE_STOP": "0" if kill else "1"}
             found: dict[str, Any] = {"model": model, "processes": processes, "train": train}
             if kill:
-                environment["SCALE_EVALUATIONS"] = "2"
+                watched = self.work / f".{name}.incomplete"
                 first = self.run(
                     *(f"{name}-at-first", command, gpus, 200),
                     environment=environment,
@@ -426,19 +433,21 @@ class Scale:
                     raise NotRunError(f"it ended with {first.code} before it could be killed; {first.log[-300:]}")
                 found |= {"killed_after": first.killed, "exit_code": first.code, "output_there": Path(dest).exists()}
                 found["checkpoints_kept"] = sorted(path.parent.name for path in watched.glob("checkpoint-*/complete"))
-            ran = self.run(name, command, gpus, 200, environment=environment, watched=watched)
-            report = json.loads(ran.output[ran.output.index("{") :])
-            entries = [entry for entry in report["history"] if "divergence" in entry]
+            ran = self.run(name, command, gpus, 200, environment=environment)
+            said = [json.loads(line) for line in re.findall(r"PROCESS (\{.*\})", ran.log)]
+            if kill:
+                report = json.loads(ran.output[ran.output.index("{") :])
+                history, found["after"] = report["history"], report["verify"]["perplexity"]["converted"]
+                found["perplexity"] = [entry["perplexity"] for entry in history if "perplexity" in entry]
+            else:
+                (history,) = (entry["history"] for entry in said if "history" in entry)
+            entries = [entry for entry in history if "divergence" in entry]
             speeds = [entry["tokens_per_second"] for entry in entries[len(entries) // 3 :]]
-            peaks = [json.loads(line.removeprefix("PROCESS ")) for line in ran.log.splitlines() if line.startswith("PROCESS ")]
-            found |= {"seconds": ran.seconds, "tokens_per_step": report["tokens_per_step"]}
-            found["tokens_per_second"] = statistics.median(speeds)
+            found |= {"seconds": ran.seconds, "tokens_per_second": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
             found["divergence"] = {str(entry["step"]): entry["divergence"] for entry in entries}
-            found["perplexity"] = [entry["perplexity"] for entry in report["history"] if "perplexity" in entry]
-            found["after"] = report["verify"]["perplexity"]["converted"]
-            found |= {"peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host, "planned": report["memory_bytes"]["total"]}
-            found["peak_in_training"] = max((entry["peak"] for entry in peaks), default=0)
-            found |= {key: peaks[0][key] for key in ("layer", "types") if peaks}
+            found |= {"peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
+            found["peak_in_training"] = max(entry["peak"] for entry in said)
+            found |= {key: said[0][key] for key in ("layer", "types", "planned")}
             shutil.rmtree(dest, ignore_errors=True)
             return found
 
@@ -450,11 +459,12 @@ class Scale:
             one = self.results.get(f"heal-{model}-1")
             for name, other in [*self.results.items()] if one else []:
                 if name.startswith(f"heal-{model}-") and other is not one and other["train"] == "all":
+                    if f"compared-{name}" in self.results:
+                        continue
                     pairs = [(one["divergence"].get(step), loss) for step, loss in other["divergence"].items()]
                     losses = [abs(theirs / ours - 1) for ours, theirs in pairs if ours]
                     found = {"speedup": other["tokens_per_second"] / one["tokens_per_second"]}
                     found["loss_differs_by"] = max(losses, default=None)
-                    found["perplexity_differs_by"] = abs(other["after"] / one["after"] - 1)
                     self.keep(f"compared-{name}", found)
 
     def deepspeed(self, gpus: list[int]) -> dict[str, Any]:
@@ -503,9 +513,9 @@ class Scale:
             "--qk-rope-head-dim",
             "32",
         ]
-        words += ["--steps", "0", "--calibration-tokens", "8192", "--heal-tokens", "0"] + (["--device", "cpu"] if self.tiny else [])
+        words += ["--steps", "0", "--calibration-tokens", "1024", "--heal-tokens", "0"] + (["--device", "cpu"] if self.tiny else [])
         words += ["--calibration", str(self.work / "books.txt")]
-        self.run("make bundled-mla", [sys.executable, *words], gpus, 60)
+        self.run("make bundled-mla", [sys.executable, *words], gpus, 120)
         return merged(self.task("serve", gpus, 200, ["serve", bundled, "--requests", str(self.arguments.requests)]))
 
     def long(self, gpus: list[int]) -> Any:
@@ -547,76 +557,59 @@ class Scale:
             example = (ROOT / "examples" / "heal_accelerate.yaml").read_text()
             (self.work / "fsdp.yaml").write_text(example.replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true"))
         convert, heal, decode = ("convert" in parts, "heal" in parts, "decode" in parts)
-        everyone, half = self.count, max(2, self.count // 2)
+        everyone = self.count
 
         def lane(wanted: bool, *steps: tuple[str, Callable[[list[int]], Any]]) -> list[tuple[str, Callable[[list[int]], Any]]]:
             return [*steps] if wanted else []
 
-        # The 8B layers are needed by three parts, so they come first; beside them, what one GPU does alone.
         make_8b = ("make-8b", self.make_llama("8b", layers, "llama-8b"))
+        make_1b = ("make-1b", self.make_llama("1b", 4 if self.tiny else 16, "llama-1b"))
         wide = [*TASKS, "make-converted", str(self.work / "wide"), "--layers", "2" if self.tiny else "8"]
         wide += ["--tiny"] if self.tiny else []
-        make_1b = ("make-1b", self.make_llama("1b", 4 if self.tiny else 16, "llama-1b"))
+        make_wide = ("make-wide", lambda gpus: {"seconds": self.run("make wide", wide, gpus, 90).seconds})
+        plan = lane("plan" in parts, ("plan", self.planned))
+        serve, long = lane("serve" in parts, ("serve", self.serve)), lane("long" in parts, ("long", self.long))
+        # What one GPU does.
         self.lanes(
-            (1, lane(convert or heal or "plan" in parts, make_8b, *lane(convert, ("convert-1", self.converted("convert-1", 1))))),
             (
                 1,
-                lane(
-                    heal,
-                    make_1b,
-                    ("make-1b-mla", self.closed_form("llama-1b", "1b-mla")),
-                    ("heal-1b-1", self.heal("1b", 1)),
-                ),
+                lane(convert or heal or bool(plan), make_8b) + lane(convert, ("convert-1", self.converted("convert-1", 1))) + plan,
             ),
+            (1, lane(heal, make_1b, ("make-1b-mla", self.closed_form("llama-1b", "1b-mla")), ("heal-1b-1", self.heal("1b", 1)))),
+            (1, lane(decode, make_wide, ("decode-1", self.decode(1))) + long),
+            (1, lane(heal, ("make-8b-mla", self.closed_form("llama-8b", "8b-mla")), ("heal-8b-1", self.heal("8b", 1)))),
+        )
+        if everyone == 1:
+            self.lanes((1, serve), (1, lane(decode, ("batching", self.batching))))
+            return
+        self.lanes((everyone, lane(convert, ("convert-n", self.converted("convert-n", everyone)))))
+        self.compare_conversions()
+        # Serving says nothing of speed, and so shares its GPU.
+        self.lanes(
+            (2, lane(convert, ("convert-killed-and-resumed", self.converted("convert-again", 2, kill=True)))),
+            (2, lane(heal, ("heal-1b-2", self.heal("1b", 2))) + lane(decode, ("decode-2", self.decode(2)))),
+            (0, serve),
+        )
+        self.compare_conversions()
+        if everyone > 2:
+            both = (lane(heal, (f"heal-{model}-{everyone}", self.heal(model, everyone))) for model in ("1b", "8b"))
+            self.lanes((everyone, [step for steps in both for step in steps]))
+        self.compare_healing()
+        self.lanes(
+            (2, lane(heal, ("heal-1b-2-killed", self.heal("1b", 2, kill=True)))),
             (
-                1,
-                lane(
-                    decode,
-                    ("make-wide", lambda gpus: {"seconds": self.run("make wide", wide, gpus, 90).seconds}),
-                    ("decode-1", self.decode(1)),
-                )
-                + lane("serve" in parts, ("serve", self.serve)),
-            ),
-            (
-                1,
-                lane("long" in parts, ("long", self.long))
-                + lane(heal, ("make-8b-mla", self.closed_form("llama-8b", "8b-mla")), ("heal-8b-1", self.heal("8b", 1))),
+                2,
+                lane(heal, ("heal-8b-2", self.heal("8b", 2)), ("heal-8b-2-lora", self.heal("8b", 2, train="lora")))
+                + lane(decode, ("decode-spread", self.decode(1, spread=True))),
             ),
         )
-        if everyone > 1:
-            self.lanes((everyone, lane(convert, ("convert-n", self.converted("convert-n", everyone)))))
-            self.compare_conversions()
-            self.lanes(
-                (
-                    half,
-                    lane(convert, ("convert-killed-and-resumed", self.converted("convert-again", half, kill=True)))
-                    + lane(decode, ("decode-2", self.decode(2)), ("decode-spread", self.decode(1, spread=True))),
-                ),
-                (2, lane(heal, ("heal-1b-2", self.heal("1b", 2)), ("heal-8b-2", self.heal("8b", 2)))),
-            )
-            self.compare_conversions()
-            if everyone > 2:
-                self.lanes(
-                    (
-                        everyone,
-                        lane(
-                            heal,
-                            (f"heal-1b-{everyone}", self.heal("1b", everyone)),
-                            (f"heal-8b-{everyone}", self.heal("8b", everyone)),
-                        ),
-                    )
-                )
-                if everyone in (4, 8):
-                    self.lanes((everyone, lane(decode, (f"decode-{everyone}", self.decode(everyone)))))
-            else:
-                self.compare_healing()
-            compiled = ("heal-1b-2-compiled", self.heal("1b", 2, compiled=True))
-            self.lanes(
-                (2, lane(heal, ("heal-1b-2-killed", self.heal("1b", 2, kill=True)), ("heal-deepspeed", self.deepspeed))),
-                (2, lane(heal, ("heal-8b-2-lora", self.heal("8b", 2, train="lora", steps=5)), compiled)),
-            )
-            self.compare_healing()
-        self.lanes((1, lane(decode, ("batching", self.batching))), (1, lane("plan" in parts, ("plan", self.planned))))
+        if everyone > 2:
+            self.lanes((everyone, lane(decode, (f"decode-{everyone}", self.decode(everyone)))))
+        self.lanes(
+            (2, lane(heal, ("heal-1b-2-compiled", self.heal("1b", 2, compiled=True)), ("heal-deepspeed", self.deepspeed))),
+            (1, lane(decode, ("batching", self.batching))),
+        )
+        self.compare_healing()
 
     def stop(self) -> None:
         """End all that runs."""
@@ -690,7 +683,7 @@ def tail(logs: tuple[Path, Path]) -> str:
     lines = []
     for log in logs:
         text = log.read_text(errors="replace") if log.exists() else ""
-        lines += [line for line in text.splitlines() if line.strip() and "it/s]" not in line and "/s]" not in line][-25:]
+        lines += [line for line in text.splitlines() if line.strip() and not re.search(r"\d%\|", line)][-25:]
     return "the end of its log:\n    " + "\n    ".join(line[:400] for line in lines)
 
 

@@ -70,7 +70,7 @@ def headers(config: PreTrainedConfig) -> dict[str, TensorHeader]:
 
 def make_llama(name: str, folder: str, layers: int, tiny: bool) -> None:
     """Write a Llama of random weights, with the bundled model's tokenizer."""
-    config, path, begun = llama(name, layers, tiny), Path(folder), time.perf_counter()
+    config, path, begun = llama(name, layers, tiny), Path(f"{folder}.partial"), time.perf_counter()
     path.mkdir(parents=True)
     tensors = headers(config)
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -84,6 +84,7 @@ def make_llama(name: str, folder: str, layers: int, tiny: bool) -> None:
     ShardWriter(path, tensors, shard_bytes=1 << 30).write(draw)
     config.save_pretrained(path)
     AutoTokenizer.from_pretrained(BUNDLED / "model").save_pretrained(path)
+    path.rename(folder)
     result(bytes=sum(tensor.bytes for tensor in tensors.values()), seconds=time.perf_counter() - begun)
 
 
@@ -98,21 +99,34 @@ def make_converted(folder: str, layers: int, tiny: bool) -> None:
 
 
 def heal(words: list[str], tiny: bool) -> None:
-    """`hf-mla heal`, evaluated at the start and the end (SCALE_EVALUATIONS: so often); says each process's peak memory."""
+    """`hf-mla heal`, whose every step is logged; each process says what it held.
+
+    SCALE_STOP ends it after the last step, and there is no evaluation: speed is measured. SCALE_COMPILE compiles the layers, which
+    the library does for one process. Otherwise there are evaluations and checkpoints in the middle and at the end.
+    """
     from hf_mla_conversion.cli import main
+    from hf_mla_conversion.commands import heal as command
     from hf_mla_conversion.mathematics.distill import DistillationTrainer
     from hf_mla_conversion.stages import end_to_end
 
-    end_to_end.EVALUATIONS = int(os.environ.get("SCALE_EVALUATIONS", "1"))
-    end_to_end.CHECKPOINTS = 1 if "SCALE_EVALUATIONS" in os.environ else 10**6  # of evaluations
-    arguments_of = end_to_end.training_arguments
+    stop, arguments_of = os.environ.get("SCALE_STOP") == "1", end_to_end.training_arguments
+    end_to_end.EVALUATIONS, end_to_end.CHECKPOINTS = 2, 1
 
     def logged(*args: Any) -> Any:
         made = arguments_of(*args)
         made.logging_steps = 1
+        if stop:
+            made.eval_strategy, made.save_strategy, made.eval_on_start = "no", "no", False
         return made
 
     end_to_end.training_arguments = logged
+    memory_of, planned = command.memory, {}
+
+    def remembered(*args: Any) -> Any:
+        planned.update(memory_of(*args))
+        return planned
+
+    command.memory = remembered
     if tiny and WORLD > 1:  # Accelerate chooses FSDP on GPUs only; what it then does needs none
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedType
@@ -125,8 +139,8 @@ def heal(words: list[str], tiny: bool) -> None:
             if plugin is not None:
                 self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
-        AcceleratorState.__init__ = begin_sharded  # type: ignore[method-assign]
-    if os.environ.get("SCALE_COMPILE") == "1":  # layers compiled under sharding too
+        AcceleratorState.__init__ = begin_sharded
+    if os.environ.get("SCALE_COMPILE") == "1":
         initialise = DistillationTrainer.__init__
 
         def compiled(self: Any, **kwargs: Any) -> None:
@@ -134,18 +148,25 @@ def heal(words: list[str], tiny: bool) -> None:
             for layer in (*self.model.get_decoder().layers, *self.teacher.get_decoder().layers):
                 layer.compile(dynamic=False)
 
-        DistillationTrainer.__init__ = compiled  # type: ignore[method-assign]
+        DistillationTrainer.__init__ = compiled
     train = DistillationTrainer.train
 
     def trained(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = train(self, *args, **kwargs)
-        layer = type(self.accelerator.unwrap_model(self.model_wrapped).get_decoder().layers[0]).__name__
-        types = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
         peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
-        print(f"PROCESS {json.dumps({'rank': RANK, 'layer': layer, 'types': types, 'peak': peak})}", file=sys.stderr, flush=True)
+        said: dict[str, Any] = {"rank": RANK, "peak": peak, "planned": planned}
+        said["layer"] = type(self.model.get_decoder().layers[0]).__name__
+        said["types"] = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
+        if RANK == 0 and stop:
+            said["history"] = end_to_end.history(self.state.log_history)
+        sys.stderr.write(f"\nPROCESS {json.dumps(said)}\n")  # at once, for others write too
+        sys.stderr.flush()
+        if stop:
+            self.accelerator.wait_for_everyone()
+            os._exit(0)
         return output
 
-    DistillationTrainer.train = trained  # type: ignore[method-assign]
+    DistillationTrainer.train = trained
     sys.exit(main(["heal", *words]))
 
 
@@ -239,6 +260,12 @@ def greedy(tokens: int, end: int = -1) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
 
 
+def pages(share: float) -> Any:
+    """Settings of continuous batching: pages that take so much of the memory of a GPU, and few of a CPU's."""
+    few = {"num_blocks": 64, "page_size": 16, "max_batch_tokens": 64} if DEVICE == "cpu" else {"max_memory_percent": share}
+    return transformers.ContinuousBatchingConfig(**few)
+
+
 def batching(folder: str, gqa: str, tiny: bool) -> None:
     """Requests per second of `generate_batch`: the converted model and its original, prompts of mixed lengths."""
     if not has_batching():
@@ -252,7 +279,9 @@ def batching(folder: str, gqa: str, tiny: bool) -> None:
         rates = []
         for _ in range(2):  # the first one compiles and records
             begun = time.perf_counter()
-            outputs = model.generate_batch(inputs=prompts, generation_config=greedy(new), progress_bar=False)
+            outputs = model.generate_batch(
+                inputs=prompts, generation_config=greedy(new), continuous_batching_config=pages(0.8), progress_bar=False
+            )
             rates.append(count / (time.perf_counter() - begun))
         answered = sum(len(output.generated_tokens) == new for output in outputs.values())
         result(model=name, requests=count, answered=answered, new_tokens=new, requests_per_second=rates[-1], first_time=rates[0])
@@ -289,9 +318,9 @@ class Requests:
 def serve_batches(model: Any, requests: Requests, watch: Any) -> dict[int, Any]:
     """Answers by `generate_batch`'s manager, requests sent as fast as it takes them."""
     answers: dict[int, Any] = {}
-    with model.continuous_batching_context_manager(generation_config=greedy(48), block=True, timeout=60) as manager:
+    options = {"generation_config": greedy(48), "continuous_batching_config": pages(0.2), "block": True, "timeout": 60}
+    with model.continuous_batching_context_manager(**options) as manager:
         sent = 0
-        refused = 0
         while len(answers) < len(requests.prompts):
             while sent < len(requests.prompts) and sent - len(answers) < 256:
                 try:
@@ -300,7 +329,7 @@ def serve_batches(model: Any, requests: Requests, watch: Any) -> dict[int, Any]:
                 except Exception as problem:
                     error = f"{type(problem).__name__}: {problem}"
                 if error is not None:
-                    answers[sent], refused = error, refused + 1
+                    answers[sent] = error
                 elif sent in requests.cancelled:
                     manager.cancel_request(str(sent))
                     answers[sent] = "cancelled"
@@ -412,7 +441,7 @@ def long(layers: int, tiny: bool) -> None:
     """Prefill of one sequence in chunks and 32 tokens after it, at growing lengths; and what caches of the original take."""
     from llama_width import make_config, make_model
 
-    contexts, chunk = ([256, 512], 128) if tiny else ([65536, 131072, 262144, 524288], 4096)
+    contexts, chunk = ([256, 512], 128) if tiny else ([65536, 262144, 524288], 4096)
     torch.manual_seed(0)
     model = make_model("converted", layers, tiny)
     model.config.max_position_embeddings = 1 << 20
