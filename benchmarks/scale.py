@@ -1,7 +1,8 @@
 """What several GPUs give: conversion, healing, decoding, serving, a long sequence; all in one go, with results as they come.
 
 python benchmarks/scale.py [--parts convert,heal,decode,serve,long,plan] [--gpus N] [--seconds 400] [--layers 4] [--out FILE]
-python benchmarks/scale.py --page      writes the tables in docs/scale.md from results/scale.json
+
+`scale_page.py` writes the tables in docs/scale.md from what this leaves in results/scale.json.
 
 Every measurement is a process, or several, of its own (`scale_tasks.py`, or the commands that users run); one that fails or runs
 out of its time shows the end of its log, and the others go on. Parts are cut into lanes. Those of a round run side by side, as far
@@ -53,7 +54,6 @@ parser.add_argument("--requests", type=int, default=2000)
 parser.add_argument("--work", default="/tmp/scale", help="a folder for models and logs; emptied")
 parser.add_argument("--out", default=str(HERE / "results" / "scale.json"))
 parser.add_argument("--tiny", action="store_true", help="small models and processes on the CPU")
-parser.add_argument("--page", action="store_true")
 
 
 class NotRunError(Exception):

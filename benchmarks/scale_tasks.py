@@ -7,7 +7,7 @@ python benchmarks/scale_tasks.py decode FOLDER REFERENCE [--spread]     under to
 python benchmarks/scale_tasks.py batching FOLDER GQA                    `generate_batch` beside the GQA original
 python benchmarks/scale_tasks.py serve FOLDER [--requests 2000]
 python benchmarks/scale_tasks.py long                                   one sequence
-python benchmarks/scale_tasks.py tables [FOLDER]                        what fits where, by `hf-mla plan`
+python benchmarks/scale_tasks.py fits FOLDER results/fits.json          what fits where, by `hf-mla plan`; needs no weights
 
 `--tiny` makes all of it small enough for two CPU cores.
 """
@@ -511,46 +511,52 @@ def known_models() -> dict[str, PreTrainedConfig]:
     context = {"max_position_embeddings": 40960, "tie_word_embeddings": False}
     return {
         "Llama-3-8B": llama("8b", 32, tiny=False),
-        "Qwen3-32B": Qwen3Config(**qwen_32b, **context, head_dim=128, num_hidden_layers=64, vocab_size=151936),
+        "Qwen3-32B": Qwen3Config(**qwen_32b, **context, num_hidden_layers=64, vocab_size=151936),
         "Llama-3-70B": LlamaConfig(**llama_70b, head_dim=128, num_hidden_layers=80, vocab_size=128256, **ROPE),
         "Qwen3-235B-A22B": Qwen3MoeConfig(**qwen_235b, **context, num_hidden_layers=94, norm_topk_prob=True),
     }
 
 
-def tables(folder: str) -> None:
+def fits(folder: str, out: str) -> None:
     """What `hf-mla plan` says of models of which there are only headers here, and what training them takes by `memory`."""
     from hf_mla_conversion import plan
+    from hf_mla_conversion.commands.heal import trained_parameters
     from hf_mla_conversion.commands.plan import memory_estimate
     from hf_mla_conversion.mathematics.closed_form import mla_config
     from hf_mla_conversion.source.checkpoint import open_checkpoint
     from hf_mla_conversion.source.matching import match_model
-    from hf_mla_conversion.stages.end_to_end import Training, memory
+    from hf_mla_conversion.stages.end_to_end import LORA_RANK, Training, memory
 
+    found = []
     for name, config in known_models().items():
         place = Path(folder) / name
         write_headers(config, place)
         checkpoint = match_model(open_checkpoint(str(place), headers_only=True))
-        budget = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-        planned = plan(str(place), **budget)
+        planned = plan(str(place), kv_lora_rank=512, qk_rope_head_dim=64)
+        assert planned.bytes_written is not None and planned.kv_bytes_per_token is not None
         converted = mla_config(checkpoint.config, 512, 64, "bfloat16")
         numbers = planned.bytes_written // 2
         heals = {}
-        for what, trained in (("all", numbers), ("lora", numbers // 100)):
+        for what in ("lora", "all"):
+            trained = numbers if what == "all" else trained_parameters(checkpoint, what, LORA_RANK)
             training = Training(what, 1, 0.0, 1, 1, 0, 1, gradient_checkpointing=True)
-            types = (torch.bfloat16, torch.bfloat16)
-            sizes = (numbers, checkpoint.parameters, trained)
-            heals[what] = memory(converted, sizes, types, training, 2048, torch.device("cuda"))
-        result(
-            model=name,
-            parameters=checkpoint.parameters,
-            kv_bytes_per_token={"source": planned.kv_bytes_per_token.source, "converted": planned.kv_bytes_per_token.converted},
-            bytes=planned.bytes_read,
-            convert_gpu=memory_estimate(checkpoint, (512, 64), 0, "cuda"),
-            hidden_states=2097152 * config.hidden_size * 2,
-            convert_cpu=planned.peak_memory_bytes,
-            heal_all=heals["all"],
-            heal_lora=heals["lora"],
+            types, sizes = (torch.bfloat16, torch.bfloat16), (numbers, checkpoint.parameters, trained)
+            heals[f"heal_{what}"] = memory(converted, sizes, types, training, 2048, torch.device("cuda"))
+        cache = planned.kv_bytes_per_token
+        found.append(
+            {
+                "model": name,
+                "parameters": checkpoint.parameters,
+                "kv_bytes_per_token": {"source": cache.source, "converted": cache.converted},
+                "bytes": planned.bytes_read,
+                "convert_gpu": memory_estimate(checkpoint, (512, 64), 0, "cuda"),
+                "hidden_states": 2097152 * config.hidden_size * 2,
+                "convert_cpu": planned.peak_memory_bytes,
+                **heals,
+            }
         )
+        result(**found[-1])
+    Path(out).write_text(json.dumps({"models": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
@@ -580,7 +586,7 @@ if __name__ == "__main__":
             serve(*words, arguments.requests, tiny)
         case "long":
             long(arguments.layers, tiny)
-        case "tables":
-            tables(*words)
+        case "fits":
+            fits(*words)
         case task:
             parser.error(f"there is no task {task}")
