@@ -74,10 +74,8 @@ class Ran:
     marks: dict[str, float] = field(default_factory=dict)
     """When files of unfinished work were first seen, in seconds."""
     killed: float | None = None
-
-    def results(self) -> list[dict[str, Any]]:
-        """What it printed as RESULT."""
-        return [json.loads(line.removeprefix("RESULT ")) for line in self.output.splitlines() if line.startswith("RESULT ")]
+    family: set[psutil.Process] = field(default_factory=set)
+    """All processes that were seen: what torchrun starts is in sessions of its own."""
 
 
 class Pool:
@@ -112,14 +110,15 @@ class Scale:
         self.results: dict[str, Any] = {}
         self.commands: dict[str, str] = {}
         self.not_run: dict[str, str] = {}
-        self.lock, self.running = threading.Lock(), set[int]()
+        self.lock, self.running = threading.Lock(), list[Ran]()
         self.gpus = 0 if self.tiny else count_gpus()
         self.tiny = self.tiny or not self.gpus
         self.count = arguments.gpus or self.gpus or 2
         self.pool = Pool(self.count)
         self.nvml = None if self.tiny else nvml()
         self.environment = self.make_environment()
-        self.machine = self.describe()
+        self.machine: dict[str, str] = {}
+        threading.Thread(target=self.describe, daemon=True).start()
 
     def make_environment(self) -> dict[str, str]:
         """What all processes are started with; the package is made importable where it is not installed."""
@@ -140,8 +139,8 @@ class Scale:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         return environment
 
-    def describe(self) -> dict[str, str]:
-        """The machine, and what is installed on it."""
+    def describe(self) -> None:
+        """Find out what the machine is, and what is installed on it."""
         code = "import json, llama_width; print(json.dumps(llama_width.machine()))"
         environment = self.environment | ({"CUDA_VISIBLE_DEVICES": ""} if self.tiny else {})
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=HERE)
@@ -151,7 +150,8 @@ class Scale:
         for name in ("accelerate", "triton"):
             if importlib.util.find_spec(name):
                 facts[name] = importlib.metadata.version(name)
-        return facts | {"processors": str(os.cpu_count())}
+        self.machine = facts | {"processors": str(os.cpu_count())}
+        self.say(f"on {self.machine}")
 
     def left(self) -> float:
         """Seconds."""
@@ -213,7 +213,7 @@ class Scale:
         with open(logs[0], "w") as out, open(logs[1], "w") as err:
             variables = self.environment | {"CUDA_VISIBLE_DEVICES": visible} | (environment or {})
             process = subprocess.Popen(command, stdout=out, stderr=err, env=variables, cwd=ROOT, start_new_session=True)
-            self.running.add(process.pid)
+            self.running.append(ran)
             try:
                 while process.poll() is None:
                     self.look(ran, process.pid, gpus, watched, begun)
@@ -223,8 +223,10 @@ class Scale:
                         raise NotRunError(f"stopped after {seconds:.0f} s; {tail(logs)}")
                     time.sleep(0.2)
             finally:
-                end_group(process)
-                self.running.discard(process.pid)
+                self.look(ran, process.pid, gpus, watched, begun)
+                end(ran)
+                process.wait()
+                self.running.remove(ran)
         ran.code, ran.seconds = process.returncode, time.monotonic() - begun
         ran.output, ran.log = logs[0].read_text(errors="replace"), logs[1].read_text(errors="replace")
         if ran.code and not may_fail:
@@ -236,7 +238,9 @@ class Scale:
         for place, gpu in enumerate(gpus if self.nvml else []):
             ran.peak_gpu[place] = max(ran.peak_gpu[place], self.nvml(gpu))
         total = 0
-        for process in family(pid):
+        now = family(pid)
+        ran.family |= set(now)
+        for process in now:
             try:
                 memory = process.memory_info()
                 total += memory.rss - getattr(memory, "shared", 0)
@@ -261,11 +265,21 @@ class Scale:
                 str(processes),
                 *command[1:],
             ]
-        ran = self.run(name, command, gpus, seconds)
-        found = ran.results()
-        if not found:
-            raise NotRunError(f"it said nothing; {tail((self.work / f'{name}.out', self.work / f'{name}.log'))}")
-        return found
+        try:
+            self.run(name, command, gpus, seconds)
+        except NotRunError as error:
+            found = self.said(name)
+            if not found:
+                raise
+            self.skip(f"{name}, the rest of it", str(error))  # what was said before counts
+            return found
+        return self.said(name)
+
+    def said(self, name: str) -> list[dict[str, Any]]:
+        """What a task has printed as RESULT, as far as it came."""
+        out = self.work / f"{name}.out"
+        lines = out.read_text(errors="replace").splitlines() if out.exists() else []
+        return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ") and line.endswith("}")]
 
     def lanes(self, *lanes: tuple[int, list[tuple[str, Callable[[list[int]], Any]]]]) -> None:
         """Run lanes side by side: each so many GPUs (0: the first one, beside others), and what is done with them."""
@@ -519,15 +533,8 @@ class Scale:
         return merged(self.task("serve", gpus, 200, ["serve", bundled, "--requests", str(self.arguments.requests)]))
 
     def long(self, gpus: list[int]) -> Any:
-        """One long sequence; what was reached counts, also where the time ran out."""
-        try:
-            return self.task("long", gpus, 150, ["long", "--layers", "2" if self.tiny else "4"])
-        except NotRunError as error:
-            ran = Ran(1, 0.0, (self.work / "long.out").read_text(), "", [], 0).results()
-            if not ran:
-                raise
-            self.skip("long, the rest of it", str(error))
-            return ran
+        """One long sequence."""
+        return self.task("long", gpus, 110, ["long", "--layers", "2"])
 
     def planned(self, gpus: list[int]) -> Any:
         """What `hf-mla plan` says of the source, and what was measured."""
@@ -545,14 +552,14 @@ class Scale:
         )
         one = self.results.get("convert-1", {})
         tokens = str(one.get("calibration_tokens", 2097152))
-        ran = self.run("plan", [sys.executable, "-c", code, source, str(int(self.tiny)), tokens], gpus, 60)
-        return ran.results()[0] | {"measured_gpu": one.get("peak_gpu"), "measured_host": one.get("peak_host")}
+        self.run("plan", [sys.executable, "-c", code, source, str(int(self.tiny)), tokens], gpus, 60)
+        return self.said("plan")[0] | {"measured_gpu": one.get("peak_gpu"), "measured_host": one.get("peak_host")}
 
     def everything(self) -> None:
         """All parts that were asked for, in rounds."""
         parts = set(self.arguments.parts.split(","))
         layers = self.arguments.layers
-        write_books(self.work / "books.txt", 40 if self.tiny else 9)
+        write_books(self.work / "books.txt", 1 if self.tiny else 6)
         if self.tiny:
             example = (ROOT / "examples" / "heal_accelerate.yaml").read_text()
             (self.work / "fsdp.yaml").write_text(example.replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true"))
@@ -613,9 +620,8 @@ class Scale:
 
     def stop(self) -> None:
         """End all that runs."""
-        for pid in [*self.running]:
-            with suppress(OSError):
-                os.killpg(pid, signal.SIGKILL)
+        for ran in [*self.running]:
+            end(ran)
 
 
 def count_gpus() -> int:
@@ -659,11 +665,11 @@ def kill_rank(pid: int, rank: int) -> bool:
     return False
 
 
-def end_group(process: subprocess.Popen) -> None:
+def end(ran: Ran) -> None:
     """End a command and all that it has started."""
-    with suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for process in ran.family:
+        with suppress(psutil.Error):
+            process.kill()  # none that has its number by chance
 
 
 def torchrun(processes: int) -> list[str]:
@@ -709,7 +715,7 @@ def write_books(path: Path, times: int) -> None:
         paragraphs = file.read().split("\n\n")
     draw = random.Random(0)
     with open(path, "w", encoding="utf-8") as file:
-        for _ in range(1 if times == 40 else times):
+        for _ in range(times):
             draw.shuffle(paragraphs)
             file.write("\n\n".join(paragraphs) + "\n\n")
 
@@ -763,7 +769,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     scale = Scale(arguments)
     signal.signal(signal.SIGTERM, lambda *_: (scale.stop(), sys.exit(1)))
-    scale.say(f"{scale.machine}, {scale.count} {'processes' if scale.tiny else 'GPUs'}")
+    scale.say(f"{scale.count} {'processes' if scale.tiny else 'GPUs'}, {arguments.seconds:.0f} s")
     try:
         scale.everything()
     finally:

@@ -26,6 +26,7 @@ import psutil
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers.distributed import DistributedConfig
 
 from hf_mla.cache_mla import CACHE_NAME, cache_of
 from hf_mla.configuration_mla import release
@@ -173,7 +174,8 @@ def heal(words: list[str], tiny: bool) -> None:
 def load(folder: str, dtype: torch.dtype, spread: bool) -> Any:
     """The model on one device; spread over all of them; or, under torchrun, split between the processes."""
     if WORLD > 1:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, tp_plan="auto")
+        split = DistributedConfig(tp_size=WORLD, tp_plan="auto")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=split)
     elif spread:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto")
     else:
@@ -204,6 +206,8 @@ def decode(folder: str, reference: str, spread: bool, tiny: bool) -> None:
     settings = {"max_new_tokens": count, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
     model = load(folder, torch.float32, spread)
     places = sorted({str(parameter.device) for parameter in model.parameters()})
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    rows = (weight.to_local() if hasattr(weight, "to_local") else weight).shape[0]  # of this process
     tokens = model.generate(ids, **settings)[:, ids.shape[1] :].cpu()
     del model
     model = load(folder, torch.bfloat16, spread)
@@ -214,7 +218,7 @@ def decode(folder: str, reference: str, spread: bool, tiny: bool) -> None:
     if said is None:
         if RANK == 0:
             torch.save({"tokens": tokens, "logits": logits, "free": free}, reference)
-        result(processes=1, tokens=tokens.numel())
+        result(processes=1, rows_of_queries=rows, tokens=tokens.numel())
     else:
         difference = (logits - said["logits"]).abs().amax(-1)  # [B, n]
         best, second = said["logits"].topk(2).values.unbind(-1)
@@ -222,6 +226,7 @@ def decode(folder: str, reference: str, spread: bool, tiny: bool) -> None:
         result(
             processes=WORLD,
             devices=places,
+            rows_of_queries=rows,
             tokens=tokens.numel(),
             float32_equal=int((tokens == said["tokens"]).sum()),
             bfloat16_logits_differ_by=(difference / said["logits"].std(-1)).max().item(),
@@ -309,9 +314,9 @@ class Requests:
             self.prompts.append(ids[start : start + length])
         self.tokens = [draw.randint(4, 48) for _ in range(count)]
         self.cancelled = set(range(7, count, 40))
-        self.malformed = set(range(23, count, 400))
-        for place in self.malformed:
-            self.prompts[place] = []
+        self.malformed = set(range(23, count, max(1, count // 6)))
+        for number, place in enumerate(sorted(self.malformed)):
+            self.prompts[place] = None if number % 2 else []  # type: ignore[call-overload]
         self.plain = [place for place in range(count) if place not in self.cancelled and place not in self.malformed]
 
 
@@ -416,6 +421,7 @@ def serve(folder: str, count: int, tiny: bool) -> None:
         requests_per_second=count / seconds,
         memory_after_first_tenth=samples[min(2, len(samples) - 1)],
         memory_at_the_end=samples[-1],
+        memory=[list(sample.values()) for sample in samples],
     )
     if has_batching() and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("sdpa")
@@ -441,7 +447,7 @@ def long(layers: int, tiny: bool) -> None:
     """Prefill of one sequence in chunks and 32 tokens after it, at growing lengths; and what caches of the original take."""
     from llama_width import make_config, make_model
 
-    contexts, chunk = ([256, 512], 128) if tiny else ([65536, 262144, 524288], 4096)
+    contexts, chunk = ([256, 512], 128) if tiny else ([65536, 131072, 524288], 4096)
     torch.manual_seed(0)
     model = make_model("converted", layers, tiny)
     model.config.max_position_embeddings = 1 << 20
