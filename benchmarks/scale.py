@@ -124,7 +124,7 @@ class Scale:
         """What all processes are started with; the package is made importable where it is not installed."""
         threads = 1 if self.tiny else max(1, min(16, (os.cpu_count() or 1) // self.count))
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", "NCCL_NVLS_ENABLE": "0"}
-        environment |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "SCALE_TINY": "1" if self.tiny else "0"}
+        environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "SCALE_TINY": "1" if self.tiny else "0"}
         site = self.work / "site"
         paths = [str(HERE), environment.get("PYTHONPATH", "")]
         try:

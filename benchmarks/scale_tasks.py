@@ -379,9 +379,9 @@ def serve_pipeline(model: Any, tokenizer: Any, requests: Requests, watch: Any) -
         except Exception as error:
             if len(places) == 1:
                 answers[places[0]] = f"{type(error).__name__}: {error}"
-            else:
-                for place in places:
-                    answer([place])
+            else:  # the halves, until the bad one is alone
+                answer(places[: len(places) // 2])
+                answer(places[len(places) // 2 :])
             return
         for place, row in zip(places, output[:, longest:].tolist(), strict=True):
             answers[place] = "cancelled" if place in requests.cancelled else row[: requests.tokens[place]]
