@@ -503,7 +503,7 @@ class Scale:
                 raise NotRunError("one GPU has not said anything to compare with")
             name = "decode-spread" if spread else f"decode-{processes}"
             words = ["decode", str(self.work / "wide"), str(self.work / "reference.pt")] + (["--spread"] if spread else [])
-            return merged(self.task(name, gpus, 120, words, processes))
+            return merged(self.task(name, gpus, 80 if processes > 1 else 120, words, processes))
 
         return measure
 
@@ -553,7 +553,7 @@ class Scale:
         one = self.results.get("convert-1", {})
         tokens = str(one.get("calibration_tokens", 2097152))
         self.run("plan", [sys.executable, "-c", code, source, str(int(self.tiny)), tokens], gpus, 60)
-        return self.said("plan")[0] | {"measured_gpu": one.get("peak_gpu"), "measured_host": one.get("peak_host")}
+        return self.said("plan")[0] | {"measured_gpu": one.get("peak_gpu", [0]), "measured_host": one.get("peak_host", 0)}
 
     def everything(self) -> None:
         """All parts that were asked for, in rounds."""

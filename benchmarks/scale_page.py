@@ -39,6 +39,9 @@ def convert(report: dict[str, Any]) -> str:
         text += f"with 32 layers x {compared['speedup_of_32_layers_computed']:.2f} (computed). "
     if "same_bytes" in compared:
         text += f"The bytes of all layers are {'the same' if compared['same_bytes'] else 'NOT the same'}."
+    if plan := results.get("plan"):
+        counted, seen = gigabytes(plan["with_hidden_states"]), gigabytes(max(plan["measured_gpu"]))
+        text += f"\n\n`plan` counts {counted} GB of a GPU, {seen} were seen."
     return text
 
 

@@ -47,12 +47,14 @@ def test_conversions(script, tmp_path):
         "convert-killed-and-resumed": made | {"processes": 2, "seconds": 50.0, "peak_gpu": [0, 0]},
         "convert-compared": {"processes": 2, "speedup": 1.7208, "speedup_of_32_layers_computed": 2.0, "same_bytes": True},
     }
+    results["plan"] = {"with_hidden_states": 2.8e10, "measured_gpu": [3e10]}
     text = page(script, tmp_path, results)["convert"]
     assert "4 layers, 2,097,152 tokens, 400 steps a layer, 2 x Some GPU, torch 1.2" in text
     assert "| 1 | 103 | 20 | 5.2 | 70 | 8.0 | 640 | 30 | 3 |" in text
     assert "| 2 | 60 | - | - | - | - | 320 | 40 | 3 |" in text
     assert "| 2, one killed, then again | 50 | - | - | - | - | - | - | 3 |" in text
     assert "x 1.72 as fast, with 32 layers x 2.00 (computed). The bytes of all layers are the same." in text
+    assert "`plan` counts 28 GB of a GPU, 30 were seen." in text
 
 
 def test_healing_and_decoding(script, tmp_path):
