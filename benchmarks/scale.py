@@ -427,7 +427,7 @@ class Scale:
             name = f"heal-{model}-{processes}" + ("-killed" if kill else "") + ("-lora" if train == "lora" else "")
             name += "-compiled" if compiled else ""
             source, out, dest = (str(self.work / folder) for folder in (f"llama-{model}", f"{model}-mla", name))
-            words = ["heal", out, dest, "--teacher", source, "--text", str(self.work / "books.txt"), "--train", train, "--json"]
+            words = ["heal", out, dest, "--teacher", source, "--text", str(self.work / "short.txt"), "--train", train, "--json"]
             words += ["--gradient-checkpointing", "--steps", "8", "--step-tokens", "4096" if self.tiny else "65536"]
             words += ["--device", "cpu"] if self.tiny else []
             config = ["--config_file", str(self.work / "fsdp.yaml") if self.tiny else "examples/heal_accelerate.yaml"]
@@ -488,7 +488,7 @@ class Scale:
         self.has("1b-mla")
         dest = str(self.work / "heal-deepspeed")
         words = ["heal", str(self.work / "1b-mla"), dest, "--teacher", str(self.work / "llama-1b"), "--text"]
-        words += [str(self.work / "books.txt"), "--train", "all", "--gradient-checkpointing", "--steps", "4", "--json"]
+        words += [str(self.work / "short.txt"), "--train", "all", "--gradient-checkpointing", "--steps", "4", "--json"]
         launch = self.launch(2, "--config_file", "examples/heal_deepspeed.yaml")
         ran = self.run("heal-deepspeed", [*launch, *TASKS[1:], *words], gpus, 200)
         report = json.loads(ran.output[ran.output.index("{") :])
@@ -560,6 +560,7 @@ class Scale:
         parts = set(self.arguments.parts.split(","))
         layers = self.arguments.layers
         write_books(self.work / "books.txt", 1 if self.tiny else 6)
+        write_books(self.work / "short.txt", 1 if self.tiny else 2)  # to heal with: tokenizing takes seconds
         if self.tiny:
             example = (ROOT / "examples" / "heal_accelerate.yaml").read_text()
             (self.work / "fsdp.yaml").write_text(example.replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true"))
@@ -708,7 +709,7 @@ def merged(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write_books(path: Path, times: int) -> None:
-    """The bundled text, its paragraphs so many times in another order: enough for the default of calibration tokens."""
+    """The bundled text, 390,000 tokens, its paragraphs so many times in another order."""
     import lzma
 
     with lzma.open(ROOT / "conversion" / "bundled" / "calibration.txt.xz", "rt", encoding="utf-8") as file:
