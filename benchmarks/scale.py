@@ -342,8 +342,9 @@ class Scale:
         options += ["--calibration", str(self.work / "books.txt"), "--heal-tokens", "0", "--json", *more]
         if self.tiny:
             options += ["--calibration-tokens", "16384", "--window", "128", "--device", "cpu"]
-        if self.arguments.steps is not None and "--steps" not in more:
-            options += ["--steps", str(self.arguments.steps)]
+        steps = self.arguments.steps or (100 if self.tiny else None)
+        if steps is not None and "--steps" not in more:
+            options += ["--steps", str(steps)]
         return [*self.launch(processes), *CONVERT, str(self.work / source), str(self.work / out), *options]
 
     def launch(self, processes: int, *config: str) -> list[str]:
@@ -382,6 +383,8 @@ class Scale:
             times = stages(ran.marks, ran.seconds)
             found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
             found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"], "layers": len(report["layers"])}
+            # 0: the closed form was kept, after two tries to better it where there is usually one.
+            found["steps_kept"] = [layer["steps_kept"] for layer in report["layers"]]
             found["sha256"] = layers_digest(self.work / out)
             if not kill:
                 found["seconds_of_32_layers_computed"] = computed(times, len(report["layers"]))
