@@ -1,6 +1,7 @@
 """A conversion that is stopped at any moment goes on, and ends as if it had not been."""
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from two_processes import fork
 from hf_mla_conversion import UserError, convert
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import convert as converter_module
+from hf_mla_conversion.source import streaming
 from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.stages import layers as layers_module
 
@@ -156,6 +158,7 @@ def on_one_thread(words):
 
 def in_two_processes(words):
     """What `accelerate launch` starts for several GPUs; on a CPU it starts one process, whatever it is asked for."""
+    streaming.MEMORY_SHARE = 0
     child = fork()
     code = on_one_thread(words)
     torch.distributed.destroy_process_group()
@@ -163,9 +166,17 @@ def in_two_processes(words):
 
 
 def test_two_processes_write_the_same_bytes(tmp_path, source):
-    """One writes text of its own, each converts every second layer; all on one thread, since rounding depends on their number."""
+    """They share the tries of sizes, layers and text, of which one writes its own; all on one thread: rounding depends on the number.
+
+    There is no memory for hidden states, so each process has files of its own.
+    """
+    words, reports = ["--kv-budget=0.5", "--calibration-tokens=2560", "--steps=4", "--device=cpu", "--json"], []
     for name, function in (("one", on_one_thread), ("two", in_two_processes)):
-        code, said = run_apart(tmp_path / "log", function, command(source, tmp_path / name, "--json", calibration=None))
+        code, said = run_apart(tmp_path / "log", function, ["convert", source, str(tmp_path / name), *words])
         assert code == 0, said[-2000:]
         assert said.count('"output"') == 1 and '"name": "self"' in said
+        reports.append(json.loads(said[said.index("{\n") : said.rindex("}") + 1]))
+    one, two = (report["candidates"] for report in reports)
+    assert one == two and len(one) > 1
+    assert "states-0.bin" in said and "states-1.bin" in said
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")

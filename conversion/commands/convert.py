@@ -299,11 +299,12 @@ def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens:
     processes.wait_for_everyone()
     measured = job.closeness(job.measure(config)) if main else {}
     layers = place / ("layers" if heal_tokens else "output")
-    if main and not (heal_tokens and layers.exists()):
+    # The last process writes while the first one measures.
+    if processes.process_index == processes.num_processes - 1 and not (heal_tokens and layers.exists()):
         write_model(place, layers, job.checkpoint, config, dtype, tokenizer)
+    processes.wait_for_everyone()
     if not heal_tokens:
         return config, measured
-    processes.wait_for_everyone()
     stage, comparisons = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
     if main:
         trained = job.closeness(comparisons)

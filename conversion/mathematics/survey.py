@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..source.attention import attention_of, watch_gradients
 from ..source.checkpoint import Checkpoint, load_file, save_file
-from ..source.streaming import LayerStream
+from ..source.streaming import LayerStream, allocate
 from .moments import gradient_moment, hooks
 from .scales import HEAD_TOKENS
 
@@ -67,7 +67,8 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole
         UserError: the model computes numbers that are not finite.
     """
     with tqdm(total=2 * len(stream), desc="surveying", unit="layer") as progress:
-        states = torch.empty(*windows.shape, stream.config.hidden_size, dtype=stream.dtype)
+        shape = (*windows.shape, stream.config.hidden_size)
+        states = allocate(shape, stream.dtype, stream.device, folder / "surveyed.bin")
         stream.embed(windows, states)
         for index in range(len(stream)):
             save_file({"states": states}, inputs_file(folder, index))
@@ -147,7 +148,7 @@ def loss_gradient(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor)
 @torch.no_grad()
 def advance(layer: Any, call: dict, states: Tensor, batch: int, device: torch.device) -> None:
     """Pass hidden states [windows, tokens, D] through a layer, in place."""
-    for part in states.split(batch):
+    for part in states.split(batch) if len(states) else ():
         part.copy_(layer(part.to(device), **call))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole models, devices and processes, each there as asked for or refused in one line."""
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -102,6 +103,8 @@ def choose_device(device: str) -> torch.device:
     """Resolve "auto", and refuse a device that is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # or all processes would hold memory of the first GPU
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)

@@ -129,6 +129,8 @@ class LayerStream:
             part.copy_(hidden_states)
             return hidden_states.to("meta")
 
+        if not len(windows):
+            return
         with self.filled(self.names_in(self.model.get_input_embeddings())), self.layers_doing(catch), torch.no_grad():
             for ids, part in zip(windows.split(count), into.split(count), strict=True):  # noqa: B007 - `catch` fills it
                 self.decoder(input_ids=ids.to(self.device), use_cache=False)
@@ -161,7 +163,8 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, f
     needed = count * dtype.itemsize
     if device.type == "cuda" and needed <= DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
         return torch.empty(shape, dtype=dtype, device=device)
-    if needed <= MEMORY_SHARE * psutil.virtual_memory().available:
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine, which want as much
+    if beside * needed <= MEMORY_SHARE * psutil.virtual_memory().available:
         return torch.empty(shape, dtype=dtype)
     logger.warning("hidden states of %.1f GB are kept in %s", needed / 1e9, file)
     if hasattr(os, "posix_fallocate"):  # a disk that is too full says so now; later, writing to a map of it would end the process

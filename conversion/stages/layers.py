@@ -3,11 +3,15 @@
 
 A survey (`survey.py`) leaves the gradient moments of all layers, and tries the ways to spend a budget. Then every layer is
 converted in closed form (`closed_form.py`), fitted to the original (`reconstruct.py`) and written to disk, and the hidden states
-of all calibration text are passed through the original layer, to be what the next one gets. No layer's result depends on another's:
-under `accelerate launch` each process takes every n-th.
+of all calibration text are passed through the original layer, to be what the next one gets.
+
+No layer's result depends on another's: under `accelerate launch` each process converts one at a time. It passes its share of the
+text through the layers before, and hands its hidden states to the process whose layer they enter. Batches are those of a single
+process, and so are the bytes of the result.
 """
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -141,7 +146,7 @@ class Job:
 
         Args:
             sizes: rank and rotary width of each.
-            processes: the main one does it, the others wait.
+            processes: the main one surveys, the others wait; sizes are tried by all.
 
         Returns:
             The sizes with their errors.
@@ -158,10 +163,11 @@ class Job:
             write_json({"window": context}, surveyed)
         processes.wait_for_everyone()
         self.split(json.loads(surveyed.read_text(encoding="utf-8"))["window"])
-        if processes.is_main_process and not prepared.exists():
-            errors = self.try_sizes(sizes) if len(sizes) > 1 else [0.0]
-            candidates = [asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)]
-            write_json(candidates, prepared)
+        if not broadcast_object_list([prepared.exists()])[0]:
+            errors = self.try_sizes(sizes, processes) if len(sizes) > 1 else [0.0]
+            if processes.is_main_process:
+                candidates = [asdict(Candidate(*size, error)) for size, error in zip(sizes, errors, strict=True)]
+                write_json(candidates, prepared)
         processes.wait_for_everyone()
         for inputs in self.folder.glob("inputs-*") if processes.is_main_process else ():
             inputs.unlink()
@@ -174,57 +180,110 @@ class Job:
         whole = torch.tensor([names[place] != OWN_TEXT for place in self.surveyed.tolist()])
         return survey(self.stream, self.windows[self.surveyed], self.batch, self.folder, whole)
 
-    def try_sizes(self, sizes: list[tuple[int, int]]) -> list[float]:
+    def try_sizes(self, sizes: list[tuple[int, int]], processes: Any) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""
         surveyed = torch.arange(len(self.surveyed))  # places in what the survey left
         count = len(surveyed) - len(surveyed) // 4
         train, held = surveyed[:count], surveyed[count:] if len(surveyed) >= 4 else surveyed
         total = len(self.stream)
         probed = sorted({total * (2 * i + 1) // (2 * PROBED_LAYERS) for i in range(PROBED_LAYERS)})
-        errors = []
-        for index in tqdm(probed, desc="trying sizes", unit="layer"):
-            tried = self.folder / f"tried-{index:04}.json"
-            if not tried.exists():
-                measured = []
+        tries = {
+            (index, size): self.folder / f"tried-{index:04}-{size[0]}+{size[1]}.json"
+            for index, size in itertools.product(probed, sizes)
+        }
+        for index, size in tqdm([*tries][processes.process_index :: processes.num_processes], desc="trying sizes", unit="try"):
+            if not tries[index, size].exists():
+                config = self.config(*size, "float32")
+                states, steps = layer_inputs(self.folder, index), min(self.steps, PROBE_STEPS)
                 with self.stream.layer(index) as layer:
-                    for rank, rope_dim in sizes:
-                        config = self.config(rank, rope_dim, "float32")
-                        states, steps = layer_inputs(self.folder, index), min(self.steps, PROBE_STEPS)
-                        _, report, _ = self.convert_layer(index, layer, states, config, [train], {"": held}, steps)
-                        measured.append(report.error)
-                write_json(measured, tried)
-            errors.append(json.loads(tried.read_text(encoding="utf-8")))
-        return [sum(column) / len(probed) for column in zip(*errors, strict=True)]
+                    _, report, _ = self.convert_layer(index, layer, states, config, [train], {"": held}, steps)
+                write_json(report.error, tries[index, size])
+        processes.wait_for_everyone()
+        errors = {place: json.loads(file.read_text(encoding="utf-8")) for place, file in tries.items()}
+        return [sum(errors[index, size] for index in probed) / len(probed) for size in sizes]
 
     def convert_layers(self, config: Any, processes: Any) -> None:
-        """Convert this process's share of the layers that are not done yet."""
-        done = [layer_file(size_folder(self.folder, config), index).exists() for index in range(len(self.stream))]
-        if all(done):
+        """Convert the layers that are not done yet, as many at a time as there are processes."""
+        folder, count, mine = size_folder(self.folder, config), processes.num_processes, processes.process_index
+        left = [index for index in range(len(self.stream)) if not layer_file(folder, index).exists()]
+        left = broadcast_object_list([left])[0]  # as the main process saw it before any was written
+        if not left:
             return
-        size_folder(self.folder, config).mkdir(exist_ok=True)
-        states = allocate((*self.windows.shape, config.hidden_size), self.stream.dtype, self.device, self.folder / "states.bin")
-        self.stream.embed(self.windows, states)
+        folder.mkdir(exist_ok=True)
+        share = self.windows[torch.cat([torch.empty(0, dtype=torch.long), *self.share(mine, count)])]
+        shape = self.windows.shape[1], config.hidden_size
+        states = allocate((len(share), *shape), self.stream.dtype, self.device, self.folder / f"states-{mine}.bin")
         firsts = torch.empty(*self.firsts.shape, config.hidden_size, dtype=self.stream.dtype, device=self.device)
+        self.stream.embed(share, states)
         self.stream.embed(self.firsts, firsts)
+        whole = states
+        if count > 1:
+            whole = allocate((len(self.windows), *shape), self.stream.dtype, self.device, self.folder / f"whole-{mine}.bin")
+
+        def pass_through(layer: Any, index: int) -> None:
+            advance(layer, self.stream.calls[index], states, self.batch, self.device)
+            advance(layer, self.alone[index], firsts, max(1, self.scale.batch // firsts.shape[1]), self.device)
+
+        entered = 0  # the layer that hidden states enter
+        with tqdm(total=len(self.stream), initial=len(self.stream) - len(left), desc="converting", unit="layer") as progress:
+            for turn in (left[start : start + count] for start in range(0, len(left), count)):
+                for owner, index in enumerate(turn):
+                    for passed in range(entered, index):
+                        with self.stream.layer(passed) as layer:
+                            pass_through(layer, passed)
+                    entered = index
+                    if count > 1:
+                        self.hand_over(states, whole, owner, processes)
+                    if owner == mine:
+                        entering = firsts.clone()
+                if mine < len(turn):
+                    with self.stream.layer(turn[mine]) as layer:
+                        self.convert_and_save(turn[mine], layer, whole, entering, config)
+                        if count == 1:  # while it is there
+                            pass_through(layer, entered)
+                            entered += 1
+                progress.update(len(turn))
+
+    def share(self, process: int, processes: int) -> list[Tensor]:
+        """The windows whose hidden states a process passes through the layers, in batches; none where there are few."""
+        return [*torch.arange(len(self.windows)).split(self.batch)][process::processes]
+
+    def hand_over(self, states: Tensor, whole: Tensor, owner: int, processes: Any) -> None:
+        """Give one process the hidden states of all windows; all processes take part.
+
+        Args:
+            states: of this process's share.
+            whole: where they go on the process that gets them.
+            owner: the number of that process.
+            processes: Accelerate's state.
+        """
+        mine, own = processes.process_index, states.split(self.batch)
+        for process in range(processes.num_processes):
+            for number, windows in enumerate(self.share(process, processes.num_processes)):
+                into = whole[windows[0] : windows[-1] + 1]
+                if mine == process == owner:
+                    into.copy_(own[number])
+                elif mine == process:
+                    torch.distributed.send(own[number].to(self.device), owner)
+                elif mine == owner:
+                    received = torch.empty_like(into, device=self.device)
+                    torch.distributed.recv(received, process)
+                    into.copy_(received)
+
+    def convert_and_save(self, index: int, layer: Any, states: Tensor, firsts: Tensor, config: Any) -> None:
+        """Convert a layer to its file, with what `convert_layer` takes."""
         stored = stored_type(config)
-        for index in tqdm(range(len(self.stream)), desc="converting", unit="layer"):
-            with self.stream.layer(index) as layer:
-                if not done[index] and index % processes.num_processes == processes.process_index:
-                    mla, report, spectrum = self.convert_layer(
-                        index, layer, states, config, self.train, self.held, self.steps, firsts
-                    )
-                    metadata = {
-                        "report": json.dumps(asdict(report)),
-                        "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
-                    }
-                    weights = {}
-                    for name, tensor in mla.state_dict().items():
-                        # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
-                        wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
-                        weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-                    save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
-                advance(layer, self.stream.calls[index], states, self.batch, self.device)
-                advance(layer, self.alone[index], firsts, max(1, self.scale.batch // firsts.shape[1]), self.device)
+        mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps, firsts)
+        metadata = {
+            "report": json.dumps(asdict(report)),
+            "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
+        }
+        weights = {}
+        for name, tensor in mla.state_dict().items():
+            # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
+            wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
+            weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
+        save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
 
     def convert_layer(
         self,

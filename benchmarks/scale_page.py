@@ -1,0 +1,190 @@
+"""Writes the figures in docs/scale.md from results/scale.json and results/fits.json.
+
+python benchmarks/scale_page.py
+
+As `readme.py` does with README.md: between `<!-- figures: NAME -->` and `<!-- end figures -->` stands what the function NAME here
+makes of the results. What was not run is not in a table; what was not measured is a dash.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from readme import BLOCK, RESULTS, machine, table
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
+
+
+def convert(report: dict[str, Any]) -> str:
+    """Conversions by one and by several processes, and one that was killed."""
+    results, rows = report["results"], []
+    titles = {"convert-1": "1", "convert-n": "{}", "convert-killed-and-resumed": "{}, one killed, then again"}
+    for name, title in titles.items():
+        if (found := results.get(name)) is not None:
+            stages = (seconds(found.get(f"seconds_{stage}")) for stage in ("before", "survey", "layers", "after"))
+            whole = seconds(found.get("seconds_of_32_layers_computed"))
+            memory = gigabytes(max(found["peak_gpu"])), gigabytes(found["peak_host"])
+            rows.append([title.format(found["processes"]), seconds(found["seconds"]), *stages, whole, *memory])
+    if not rows:
+        return "not measured yet"
+    header = ["GPUs", "seconds", "of them before", "survey", "layers", "after", "32 layers, computed", "GB of a GPU", "of the host"]
+    first = results.get("convert-1") or results["convert-n"]
+    what = f"{first['layers']} layers, {first['calibration_tokens']:,} tokens, {first['steps']} steps a layer"
+    text = f"{what}, {machine(report['machine'])}:\n\n{table(header, rows)}"
+    compared = results.get("convert-compared", {})
+    if "speedup_of_32_layers_computed" in compared:
+        text += f"\n\nThe {compared['processes']} are x {compared['speedup']:.2f} as fast, "
+        text += f"with 32 layers x {compared['speedup_of_32_layers_computed']:.2f} (computed). "
+    if "same_bytes" in compared:
+        text += f"The bytes of all layers are {'the same' if compared['same_bytes'] else 'NOT the same'}."
+    if plan := results.get("plan"):
+        counted, seen = gigabytes(plan["with_hidden_states"]), gigabytes(max(plan["measured_gpu"]))
+        text += f"\n\n`plan` counts {counted} GB of a GPU, {seen} were seen."
+    return text
+
+
+def heal(report: dict[str, Any]) -> str:
+    """Healing on one and on several GPUs."""
+    rows = []
+    titles = {"1b": "Llama-3.2-1B", "8b": f"Llama-3-8B, {report['layers']} layers"}
+    for name, found in sorted(report["results"].items()):
+        if re.fullmatch(r"heal-\d+b-.*", name):
+            compared = report["results"].get(f"compared-{name}", {})
+            speedup, loss = compared.get("speedup"), compared.get("loss_differs_by")
+            rows.append(
+                [
+                    titles[found["model"]],
+                    found["train"] + "".join(f", {word}" for word in ("killed", "compiled") if word in name),
+                    found["processes"],
+                    f"{found['tokens_per_second']:,.0f}",
+                    "-" if speedup is None else f"x {speedup:.2f}",
+                    "-" if loss is None else f"{loss:.2%}",
+                    gigabytes(found["peak_in_training"]),
+                    gigabytes(found["planned"]["total"]) if found["processes"] == 1 else "-",
+                ]
+            )
+    if not rows:
+        return "not measured yet"
+    header = ["model", "trained", "GPUs", "tokens per second", "to one GPU", "loss differs by", "GB of a GPU", "planned"]
+    return f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+
+
+def decode(report: dict[str, Any]) -> str:
+    """Decoding by one and by several GPUs."""
+    rows = []
+    for name, found in sorted(report["results"].items()):
+        if re.fullmatch(r"decode-(\d+|spread)", name):
+            title = "spread by `device_map`" if name == "decode-spread" else f"{found['processes']} x tensor parallel"
+            equal = "-" if "float32_equal" not in found else f"{found['float32_equal']} of {found['tokens']}"
+            beyond = found.get("bfloat16_choices_differ_beyond_rounding", "-")
+            times = (f"{found[way]['milliseconds_per_token']:.2f}" if way in found else "-" for way in ("eager", "compiled"))
+            rows.append(["1" if name == "decode-1" else title, equal, beyond, *times])
+    if not rows:
+        return "not measured yet"
+    header = ["GPUs", "equal tokens, float32", "other choices beyond rounding, bfloat16", "ms a token", "compiled"]
+    text = f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+    if batches := report["results"].get("batching"):
+        parts = (
+            f"{name} {found['requests_per_second']:.2f} (at first {found['first_time']:.2f})" for name, found in batches.items()
+        )
+        text += f"\n\nContinuous batching, requests per second: {', '.join(parts)}."
+    return text
+
+
+def serve(report: dict[str, Any]) -> str:
+    """Many requests."""
+    found = report["results"].get("serve")
+    if found is None:
+        return "not measured yet"
+    memory = [found[f"memory_{when}"] for when in ("after_first_tenth", "at_the_end")]
+    rows = [
+        ["way", found["way"]],
+        ["requests; answered of those that were to be", f"{found['requests']:,}; {found['answered']:,} of {found['expected']:,}"],
+        ["cancelled; malformed, refused alone", f"{found['cancelled']}; {len(found['malformed'])}"],
+        ["requests per second", f"{found['requests_per_second']:.1f}"],
+        ["MB of the GPU after the first tenth, at the end", ", ".join(f"{entry['device'] / 1e6:,.0f}" for entry in memory)],
+        ["MB of the host", ", ".join(f"{entry['host'] / 1e6:,.0f}" for entry in memory)],
+    ]
+    if "sample" in found:
+        sampled = f"{found['equal']} of {found['sample']}; {found['differ_by_rounding']}; {len(found['differ'])}"
+        rows.append(["as `generate` alone answers; differ by rounding; otherwise", sampled])
+    return table(["", machine(report["machine"])], rows)
+
+
+def long(report: dict[str, Any]) -> str:
+    """One long sequence."""
+    found = report["results"].get("long", [])
+    rows = [
+        [f"{entry['context']:,}", seconds(entry["prefill_seconds"]), f"{entry['milliseconds_per_token']:.1f}"]
+        + [gigabytes(entry["cache_bytes"]), gigabytes(entry["peak"])]
+        for entry in found
+        if "context" in entry
+    ]
+    if not rows:
+        return "not measured yet"
+    header = ["tokens", "prefill, seconds", "then ms a token", "GB of cache", "GB in all"]
+    text = f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+    largest = [entry for entry in found if "largest_context_computed" in entry]
+    if largest:
+        parts = (f"{entry['largest_context_computed']:,} tokens ({entry['model']})" for entry in largest)
+        text += f"\n\nThe largest context beside the weights on this GPU, computed: {', '.join(parts)}."
+    return text
+
+
+def fits(report: dict[str, Any]) -> str:
+    """What converting and healing take."""
+    rows = []
+    for found in report["models"]:
+        cache = found["kv_bytes_per_token"]
+        row = [found["model"], f"{found['parameters'] / 1e9:.1f}", gigabytes(found["bytes"])]
+        row += [f"{cache['source'] / 1024:.0f} -> {cache['converted'] / 1024:.0f}", gigabytes(found["convert_gpu"])]
+        row += [gigabytes(found["hidden_states"]), gigabytes(found["convert_cpu"])]
+        for what in ("lora", "all"):
+            parts = found[f"heal_{what}"]
+            shared = parts["student"] + parts["gradients_and_optimizer"]
+            each = parts["teacher"] + parts["activations"]
+            row.append(f"{gigabytes(each)} + {gigabytes(shared)} / n")
+        rows.append(row)
+    header = ["model", "10^9 weights", "GB", "cache, KiB a token", "convert: a GPU", "hidden states", "on a CPU"]
+    return table([*header, "heal, adapters: each of n GPUs", "heal, all weights"], rows)
+
+
+BLOCKS = {"convert": convert, "heal": heal, "decode": decode, "serve": serve, "long": long}
+
+
+def seconds(value: float | None) -> str:
+    """Seconds, or a dash."""
+    return "-" if value is None else f"{value:,.0f}" if value >= 20 else f"{value:.1f}"
+
+
+def gigabytes(value: float) -> str:
+    """GB, or a dash for nothing."""
+    return "-" if not value else f"{value / 1e9:,.0f}" if value >= 2e10 else f"{value / 1e9:.2g}"
+
+
+def with_figures(text: str, results: Path) -> str:
+    """The page as it should be.
+
+    Args:
+        text: the page as it is.
+        results: the folder of the JSON files.
+
+    Returns:
+        The text with all blocks written anew.
+    """
+
+    def write(block: re.Match[str]) -> str:
+        begin, name, end = block.groups()
+        file = results / ("fits.json" if name == "fits" else "scale.json")
+        if not file.is_file():
+            return f"{begin}not measured yet\n{end}"
+        report = json.loads(file.read_text(encoding="utf-8"))
+        return f"{begin}{fits(report) if name == 'fits' else BLOCKS[name](report)}\n{end}"
+
+    return BLOCK.sub(write, text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(with_figures(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
