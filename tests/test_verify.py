@@ -40,7 +40,18 @@ def test_each_context_is_transformers_own_perplexity(converted, short_windows):
             with torch.no_grad():
                 loss = model(windows, labels=windows).loss
             assert math.isclose(math.exp(loss), getattr(context.perplexity, side), rel_tol=1e-4)
-    for name in ("window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"):
+            with torch.no_grad():
+                logits = model(windows).logits
+            for start, end in [(0, context.window // 8), (context.window * 7 // 8, context.window)]:
+                part = next(part for part in context.positions if (part.start, part.end) == (start, end))
+                here = slice(max(start - 1, 0), end - 1)  # what predicts the part
+                targets = windows[:, max(start, 1) : end]
+                loss = torch.nn.functional.cross_entropy(logits[:, here].transpose(1, 2), targets)
+                assert math.isclose(math.exp(loss), getattr(part.perplexity, side), rel_tol=1e-4)
+    for context in report.contexts:
+        assert len(context.positions) == 8
+        assert all(math.isclose(x.perplexity_ratio, x.perplexity.converted / x.perplexity.source) for x in context.positions)
+    for name in ("window", "tokens", "positions", "perplexity", "perplexity_ratio", "kl", "top1_agreement"):
         assert getattr(report, name) == getattr(report.contexts[0], name)
 
 
@@ -59,9 +70,13 @@ def test_a_line_for_each_context(capsys, converted, short_windows):
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("at 256 tokens ") and lines[1].startswith("at 1,024 tokens ")
+    name, ratios = lines[2].split("  ", 1)
+    assert name == "ratio by position, to 1,024" and len(ratios.split(", ")) == 8
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["contexts"][1]) == {"window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"}
+    keys = {"window", "tokens", "positions", "perplexity", "perplexity_ratio", "kl", "top1_agreement"}
+    assert set(result["contexts"][1]) == keys
+    assert set(result["contexts"][1]["positions"][0]) == {"start", "end", "perplexity", "perplexity_ratio"}
     assert result["contexts"][0]["perplexity"] == result["perplexity"]
 
 
@@ -93,6 +108,18 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, tokens):
         whole.add(heads[0](states[0]), heads[1](states[1]), ids)
     assert chunked.predictions == whole.predictions == tokens - 1
     assert torch.allclose(chunked.sums, whole.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(2, [(0, 2)]), (3, [(0, 3)]), (5, [(0, 2), (2, 5)]), (17, 8)])
+def test_parts_of_short_sequences(mla, tokens, parts):
+    report = verifier.compare_at(mla, mla, torch.arange(1, tokens + 1).view(1, -1))
+    found = [(part.start, part.end) for part in report.positions]
+    assert len(found) == parts if isinstance(parts, int) else found == parts
+    assert report.perplexity_ratio == 1
+    losses = [
+        (end - max(start, 1)) * math.log(x.perplexity.source) for x, (start, end) in zip(report.positions, found, strict=True)
+    ]
+    assert math.isclose(sum(losses), (tokens - 1) * math.log(report.perplexity.source), rel_tol=1e-5)
 
 
 VERDICTS = [
