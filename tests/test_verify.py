@@ -3,18 +3,21 @@
 import json
 import lzma
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION
+from conftest import MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import verify
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import verify as verifier
 from hf_mla_conversion.commands.verify import verdict
+from hf_mla_conversion.errors import UserError
 from hf_mla_conversion.mathematics import measures
+from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.output.reports import ContextReport, PerSide
 from hf_mla_conversion.source import loading
@@ -120,6 +123,31 @@ def test_parts_of_short_sequences(mla, tokens, parts):
         (end - max(start, 1)) * math.log(x.perplexity.source) for x, (start, end) in zip(report.positions, found, strict=True)
     ]
     assert math.isclose(sum(losses), (tokens - 1) * math.log(report.perplexity.source), rel_tol=1e-5)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, "partial_rotary_factor": 0.5}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 3.5]}
+ROPES = {
+    "yarn": ("Llama", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}),
+    "a part": ("Phi3", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "longrope": ("Phi3", LONGROPE),
+}
+
+
+@pytest.mark.parametrize(("family", "rope"), ROPES.values(), ids=ROPES)
+def test_a_narrower_rope_is_known_for_the_sources(tmp_path, family, rope):
+    """Its parameters are others; and those of another model are refused."""
+    source = make_source(tmp_path / "source", family, hidden_size=64, rope_parameters=rope)
+    opened = open_checkpoint(source)
+    config = mla_config(opened.config, 16, 4, "float32")
+    assert config.rope_parameters != opened.config.rope_parameters
+    config.save_pretrained(tmp_path / "out")
+    shutil.copy(tmp_path / "source/model.safetensors", tmp_path / "out")  # whose headers are not looked at here
+    converted = open_checkpoint(str(tmp_path / "out"))
+    verifier.check_pair(converted, opened)
+    other = make_source(tmp_path / "other", family, hidden_size=64, rope_parameters={**rope, "rope_theta": 500000.0})
+    with pytest.raises(UserError, match="has rope_parameters .*: it was converted from another model"):
+        verifier.check_pair(converted, open_checkpoint(other))
 
 
 VERDICTS = [

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_mla import cache_bytes, cache_of
 
 from ..errors import UserError
+from ..mathematics.closed_form import mla_config
 from ..mathematics.measures import Comparison, edges
 from ..mathematics.recall import Questions, accuracies, questions
 from ..output.reports import (
@@ -27,7 +28,7 @@ from ..output.reports import (
     with_sides,
 )
 from ..source.checkpoint import Checkpoint, open_checkpoint
-from ..source.families import refusal, source_head_dim
+from ..source.families import refusal, rotary_width, source_head_dim
 from ..source.loading import choose_device, load_model
 from ..source.text import read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
@@ -109,9 +110,16 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
     reason = refusal(source.config)
     if reason is not None:
         raise UserError(f"{source.name}: {reason}")
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "rope_parameters")
-    pairs = [(key, getattr(converted.config, key), getattr(source.config, key)) for key in shared]
-    for key, here, there in [*pairs, ("qk_nope_head_dim", converted.config.qk_nope_head_dim, source_head_dim(source.config))]:
+    own, width = converted.config, rotary_width(source.config)
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    pairs = [(key, getattr(own, key), getattr(source.config, key)) for key in shared]
+    pairs.append(("qk_nope_head_dim", own.qk_nope_head_dim, source_head_dim(source.config)))
+    if width % own.qk_rope_head_dim:
+        pairs.append(("qk_rope_head_dim", own.qk_rope_head_dim, width))
+    else:  # at the width of the rotary key it may be said in other words
+        expected = mla_config(source.config, own.kv_lora_rank, own.qk_rope_head_dim, "float32")
+        pairs.append(("rope_parameters", own.rope_parameters, expected.rope_parameters))
+    for key, here, there in pairs:
         if here != there:
             raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
 
