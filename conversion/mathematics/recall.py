@@ -2,8 +2,9 @@
 """Whether a model finds numbers again in long text, and does short tasks by example; the questions and how they are scored.
 
 * Every prompt ends where the answer's line breaks off ("The special magic number for river is"): in a chat the model's turn has
-  begun with that. So models without a chat template, and very small ones, are asked the same: with one number in 512 tokens
-  SmolLM2-135M-Instruct finds all.
+  begun with that. So models without a chat template, and very small ones, are asked the same: SmolLM2-135M-Instruct finds 12 of 20
+  in 512 tokens in a chat, 15 without the template.
+* Short tasks are completed, not chatted: SmolLM2-135M-Instruct copies 9 of 16 lists of words so, and none in a chat.
 * A long text has a number at each depth, and each is asked for: what is found is the number of a key, not the only number there.
 * Prompts are put together of tokens, so a sequence with its answer is as long as asked, to the token.
 * The text around is the bundled prose that no conversion is fitted to, a sentence a line.
@@ -28,7 +29,7 @@ from ..source.text import BUNDLED, read_text
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FACT = "The special magic number for {key} is"
 NUMBER_ROOM = 8  # tokens for " 4217." of any tokenizer, and for what a model says before it stops
-BATCH_TOKENS = {"cuda": 1 << 17, "cpu": 1 << 12}  # read at once, or one sequence
+BATCH_TOKENS = {"cuda": 1 << 16, "cpu": 1 << 12}  # read at once, or one sequence
 NEEDLE_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 14}  # of the texts of one length, in all
 NEEDLE_COUNTS = (2, 20)  # of texts of one length, at least and at most
 TASK_COUNT = {"cuda": 100, "cpu": 10}
@@ -152,7 +153,7 @@ def needles(tokenizer: Any, length: int, count: int, seed: int = 0) -> dict[floa
 
 def tasks(tokenizer: Any, count: int, seed: int = 0) -> dict[str, list[Question]]:
     """Questions of each of `TASKS`, `count` of them, each after `EXAMPLES` of its kind; all are drawn with the seed."""
-    first, _ = frame(tokenizer, chat=False)  # in a chat SmolLM2-135M-Instruct does none of them
+    first, _ = frame(tokenizer, chat=False)
     asked: dict[str, list[Question]] = {}
     for name, draw in TASKS.items():
         source = random.Random(f"{seed} {name}")
