@@ -63,19 +63,19 @@ def exact(tmp_path_factory):
 
 @pytest.mark.parametrize("rope", AT_LOAD.values(), ids=AT_LOAD)
 @torch.no_grad()
-def test_rope_parameters_that_are_given_when_a_model_is_loaded(exact, unrounded, rope):
+def test_rope_parameters_that_are_given_when_a_model_is_loaded(exact, rope):
     """Twice the context of training, 256 tokens, by the library's scaling: as the original does it."""
     context = {} if rope["rope_type"] == "dynamic" else {"max_position_embeddings": 512}  # from which the base begins to grow
     given = {"rope_parameters": {"rope_theta": 10000.0, **rope}} | context
     original, converted = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, **given).eval() for path in exact)
     ids = torch.randint(3, 4096, (1, 400))
-    expected = original(ids).logits
-    assert (converted(ids).logits - expected).abs().max() < 1e-9
+    expected = original(ids).logits  # rounded to float32 in norms and angles, as the library does
+    assert (converted(ids).logits - expected).abs().max() < 1e-6
     cache = cache_of(converted(ids[:, :390], use_cache=True))
     steps = [converted(part, cache=cache).logits for part in ids[:, 390:].split(1, dim=1)]
     cache = cache_of(original(ids[:, :390], use_cache=True))
     expected_steps = [original(part, **{CACHE_NAME: cache}).logits for part in ids[:, 390:].split(1, dim=1)]
-    assert (torch.cat(steps, 1) - torch.cat(expected_steps, 1)).abs().max() < 1e-9
+    assert (torch.cat(steps, 1) - torch.cat(expected_steps, 1)).abs().max() < 1e-6
     unscaled = AutoModelForCausalLM.from_pretrained(exact[0], dtype=torch.float64)
     assert (unscaled(ids).logits - expected).abs().max() > 1e-2
 
