@@ -186,6 +186,15 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("--text", required=True, metavar="FILE", help="held-out text (.txt, .jsonl, or either as .xz) or data set")
     verify.add_argument("--tokens", type=int, metavar="N", help="tokens of it to use (98304)")
     verify.add_argument("--max-ratio", type=float, metavar="R", help="exit with 1 if the perplexity ratio is above R")
+    verify.add_argument(
+        "--needle",
+        action="store_true",
+        default=None,
+        help="also let both find numbers in texts of 1024, 2048, 4096, ... tokens, and do short tasks; many minutes on a CPU",
+    )
+    verify.add_argument(
+        "--needle-lengths", type=int, nargs="+", metavar="N", help="in texts of so many tokens (up to the model's context)"
+    )
     add_device(verify)
     add_revision(verify)
     add_trust(verify)

@@ -166,7 +166,7 @@ def in_two_processes(words):
 
 
 def test_two_processes_write_the_same_bytes(tmp_path, source):
-    """They share the tries of sizes, layers and text, of which one writes its own; all on one thread: rounding depends on the number.
+    """They share the tries of sizes, layers and text, of which one writes its own; on one thread, since rounding depends on that.
 
     There is no memory for hidden states, so each process has files of its own.
     """

@@ -3,18 +3,21 @@
 import json
 import lzma
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION
+from conftest import MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import verify
 from hf_mla_conversion.cli import main
 from hf_mla_conversion.commands import verify as verifier
 from hf_mla_conversion.commands.verify import verdict
+from hf_mla_conversion.errors import UserError
 from hf_mla_conversion.mathematics import measures
+from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.output.reports import ContextReport, PerSide
 from hf_mla_conversion.source import loading
@@ -40,7 +43,18 @@ def test_each_context_is_transformers_own_perplexity(converted, short_windows):
             with torch.no_grad():
                 loss = model(windows, labels=windows).loss
             assert math.isclose(math.exp(loss), getattr(context.perplexity, side), rel_tol=1e-4)
-    for name in ("window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"):
+            with torch.no_grad():
+                logits = model(windows).logits
+            for start, end in [(0, context.window // 8), (context.window * 7 // 8, context.window)]:
+                part = next(part for part in context.positions if (part.start, part.end) == (start, end))
+                here = slice(max(start - 1, 0), end - 1)  # what predicts the part
+                targets = windows[:, max(start, 1) : end]
+                loss = torch.nn.functional.cross_entropy(logits[:, here].transpose(1, 2), targets)
+                assert math.isclose(math.exp(loss), getattr(part.perplexity, side), rel_tol=1e-4)
+    for context in report.contexts:
+        assert len(context.positions) == 8
+        assert all(math.isclose(x.perplexity_ratio, x.perplexity.converted / x.perplexity.source) for x in context.positions)
+    for name in ("window", "tokens", "positions", "perplexity", "perplexity_ratio", "kl", "top1_agreement"):
         assert getattr(report, name) == getattr(report.contexts[0], name)
 
 
@@ -59,9 +73,13 @@ def test_a_line_for_each_context(capsys, converted, short_windows):
     assert main(words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("at 256 tokens ") and lines[1].startswith("at 1,024 tokens ")
+    name, ratios = lines[2].split("  ", 1)
+    assert name == "ratio by position, to 1,024" and len(ratios.split(", ")) == 8
     assert main([*words, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert set(result["contexts"][1]) == {"window", "tokens", "perplexity", "perplexity_ratio", "kl", "top1_agreement"}
+    keys = {"window", "tokens", "positions", "perplexity", "perplexity_ratio", "kl", "top1_agreement"}
+    assert set(result["contexts"][1]) == keys
+    assert set(result["contexts"][1]["positions"][0]) == {"start", "end", "perplexity", "perplexity_ratio"}
     assert result["contexts"][0]["perplexity"] == result["perplexity"]
 
 
@@ -93,6 +111,43 @@ def test_chunks_give_what_the_whole_gives(monkeypatch, tokens):
         whole.add(heads[0](states[0]), heads[1](states[1]), ids)
     assert chunked.predictions == whole.predictions == tokens - 1
     assert torch.allclose(chunked.sums, whole.sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(2, [(0, 2)]), (3, [(0, 3)]), (5, [(0, 2), (2, 5)]), (17, 8)])
+def test_parts_of_short_sequences(mla, tokens, parts):
+    report = verifier.compare_at(mla, mla, torch.arange(1, tokens + 1).view(1, -1))
+    found = [(part.start, part.end) for part in report.positions]
+    assert len(found) == parts if isinstance(parts, int) else found == parts
+    assert report.perplexity_ratio == 1
+    losses = [
+        (end - max(start, 1)) * math.log(x.perplexity.source) for x, (start, end) in zip(report.positions, found, strict=True)
+    ]
+    assert math.isclose(sum(losses), (tokens - 1) * math.log(report.perplexity.source), rel_tol=1e-5)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128, "partial_rotary_factor": 0.5}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 3.5]}
+ROPES = {
+    "yarn": ("Llama", {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 128}),
+    "a part": ("Phi3", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+    "longrope": ("Phi3", LONGROPE),
+}
+
+
+@pytest.mark.parametrize(("family", "rope"), ROPES.values(), ids=ROPES)
+def test_a_narrower_rope_is_known_for_the_sources(tmp_path, family, rope):
+    """Its parameters are others; and those of another model are refused."""
+    source = make_source(tmp_path / "source", family, hidden_size=64, rope_parameters=rope)
+    opened = open_checkpoint(source)
+    config = mla_config(opened.config, 16, 4, "float32")
+    assert config.rope_parameters != opened.config.rope_parameters
+    config.save_pretrained(tmp_path / "out")
+    shutil.copy(tmp_path / "source/model.safetensors", tmp_path / "out")  # whose headers are not looked at here
+    converted = open_checkpoint(str(tmp_path / "out"))
+    verifier.check_pair(converted, opened)
+    other = make_source(tmp_path / "other", family, hidden_size=64, rope_parameters={**rope, "rope_theta": 500000.0})
+    with pytest.raises(UserError, match="has rope_parameters .*: it was converted from another model"):
+        verifier.check_pair(converted, open_checkpoint(other))
 
 
 VERDICTS = [

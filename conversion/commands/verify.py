@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure a converted model against its source: perplexity, divergence, agreement, cache bytes, and the two attention paths."""
+"""Measure a converted model against its source: perplexity, divergence, agreement, cache, both ways to attend, and answers."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,8 +14,19 @@ from hf_mla import cache_bytes, cache_of
 
 from ..errors import UserError
 from ..mathematics.closed_form import mla_config
-from ..mathematics.measures import Comparison
-from ..output.reports import HEALING_RATIO, ContextReport, PerSide, VerifyReport, with_sides
+from ..mathematics.measures import Comparison, edges
+from ..mathematics.recall import Questions, accuracies, questions
+from ..output.reports import (
+    HEALING_RATIO,
+    ContextReport,
+    NeedleReport,
+    PerSide,
+    PositionReport,
+    RecallReport,
+    TaskReport,
+    VerifyReport,
+    with_sides,
+)
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import refusal, rotary_width, source_head_dim
 from ..source.loading import choose_device, load_model
@@ -24,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 VERIFICATION_WINDOW = 1024
 DECODED_TOKENS = 16
+PARTS = 8  # of a sequence, whose perplexities are told apart
+SHORTEST = 1024  # of the texts to find a number in; each length is twice the one before
 
 
 def verify(
@@ -32,6 +48,8 @@ def verify(
     against: str,
     text: str,
     tokens: int = 98304,
+    needle: bool = False,
+    needle_lengths: Sequence[int] | None = None,
     max_ratio: float | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -47,6 +65,8 @@ def verify(
         against: its source, a folder, a .gguf file or a Hub id.
         text: a .txt or .jsonl file, or either as .xz, that neither training nor calibration saw, or a data set.
         tokens: how many tokens of it to use, from its start.
+        needle: also let both models answer: find numbers in long text, and do short tasks by example.
+        needle_lengths: tokens of these texts; None for 1024, 2048, 4096 and so on, up to the model's context. Implies `needle`.
         max_ratio: the highest perplexity ratio that passes, at any length; None passes any.
         device: "auto", "cpu", "cuda" or "cuda:N".
         revision: branch, tag or commit of the source, if it is a Hub id.
@@ -64,18 +84,23 @@ def verify(
         raise UserError(f"--tokens is {tokens}; at least 2 are needed, 98304 are usual")
     converted_checkpoint, source_checkpoint = open_checkpoint(out), open_checkpoint(against, revision)
     check_pair(converted_checkpoint, source_checkpoint)
+    context = source_checkpoint.config.max_position_embeddings
+    lengths = choose_lengths(needle, needle_lengths, context)
     tokenizer = load_tokenizer(source_checkpoint.folder, against, trust_remote_code)
     check_same_tokenizer(converted_checkpoint.folder, out, tokenizer, against, trust_remote_code)
     ids = token_windows(read_text(text, tokens, tokenizer=tokenizer), tokenizer, tokens, tokens)[0]
     check_vocabulary(ids, source_checkpoint)
-    contexts = context_windows(ids, source_checkpoint.config.max_position_embeddings, first_token(tokenizer))
+    contexts = context_windows(ids, context, first_token(tokenizer))
     run_device = choose_device(device)
+    asked = questions(tokenizer, lengths, run_device) if lengths else {}
+    check_vocabulary(torch.tensor([max(each.ids) for some in asked.values() for each in some] or [0]), source_checkpoint)
     dtype = "auto" if run_device.type == "cuda" else torch.float32
     source, converted = (
         load_model(checkpoint, run_device, dtype, spread=device == "auto")
         for checkpoint in (source_checkpoint, converted_checkpoint)
     )
-    return compare(source, converted, contexts, max_ratio)
+    report = compare(source, converted, contexts, max_ratio)
+    return replace(report, needle=compare_answers(source, converted, tokenizer, asked)) if asked else report
 
 
 def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
@@ -140,10 +165,51 @@ def compare(source: Any, converted: Any, contexts: list[Tensor], max_ratio: floa
 
 
 def compare_at(source: Any, converted: Any, windows: Tensor) -> ContextReport:
-    """Measure two models on token windows [windows, tokens]."""
-    total = Comparison()
-    total.add_models(source, converted, windows)
-    return ContextReport(window=windows.shape[1], tokens=windows.numel(), **with_sides(total.result()))
+    """Measure two models on token windows [windows, tokens], as a whole and by position."""
+    total, window = Comparison(), windows.shape[1]
+    parts = min(PARTS, max(1, window // 2))  # two tokens or more in each: the first of all is not predicted
+    found = [with_sides(part.result()) for part in total.add_models(source, converted, windows, parts)]
+    positions = [
+        PositionReport(start, end, part["perplexity"], part["perplexity_ratio"])
+        for (start, end), part in zip(pairwise(edges(window, parts)), found, strict=True)
+    ]
+    return ContextReport(window=window, tokens=windows.numel(), positions=positions, **with_sides(total.result()))
+
+
+def choose_lengths(needle: bool, lengths: Sequence[int] | None, context: int) -> list[int]:
+    """How long the texts are that numbers are to be found in.
+
+    Args:
+        needle: as given to `verify`.
+        lengths: likewise.
+        context: tokens that the model was trained to attend to.
+
+    Returns:
+        Ascending, each once; none if there are to be no questions.
+
+    Raises:
+        UserError: one is beyond the model's context.
+    """
+    if lengths is None and not needle:
+        return []
+    if lengths is None:
+        return [min(SHORTEST, context) << i for i in range(max(1, (context // SHORTEST).bit_length()))]
+    for length in lengths:
+        if length > context:
+            raise UserError(f"--needle-lengths has {length}; the model was trained for {context}: give at most that")
+    return sorted({*lengths})
+
+
+def compare_answers(source: Any, converted: Any, tokenizer: Any, asked: Questions) -> RecallReport:
+    """Let both models answer questions; see `mathematics.recall`."""
+    sides = [accuracies(model, tokenizer, asked) for model in (source, converted)]
+    found: dict[Any, Any] = {
+        key: {"questions": len(some), "accuracy": PerSide(*(side[key] for side in sides))} for key, some in asked.items()
+    }
+    return RecallReport(
+        needles=[NeedleReport(*key, **each) for key, each in found.items() if isinstance(key, tuple)],
+        tasks=[TaskReport(key, **each) for key, each in found.items() if isinstance(key, str)],
+    )
 
 
 def verdict(reports: list[ContextReport], max_ratio: float | None) -> str:

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..source.loading import head_of
 from .scales import HEAD_TOKENS
+
+
+def edges(tokens: int, parts: int) -> list[int]:
+    """Where equal parts of a sequence begin and end."""
+    return [tokens * part // parts for part in range(parts + 1)]
 
 
 class Comparison:
@@ -52,15 +58,31 @@ class Comparison:
             self.add(heads[0](source[part]), heads[1](converted[part]), ids[part])
 
     @torch.no_grad()
-    def add_models(self, source: Any, converted: Any, windows: Tensor) -> None:
-        """Take in token windows [windows, tokens], which both causal language models run over.
+    def add_models(self, source: Any, converted: Any, windows: Tensor, parts: int = 1) -> list["Comparison"]:
+        """Take in token windows, which both causal language models run over.
 
         Layers that were compiled for training are not compiled again for these shapes.
+
+        Args:
+            source: the source.
+            converted: the converted model.
+            windows: token ids [windows, tokens].
+            parts: how many equal parts of a window are to be told apart.
+
+        Returns:
+            For each part what was taken in of it, the beginning of all windows first.
         """
         eager = torch.compiler.set_stance("force_eager")(lambda model, ids: model.get_decoder()(input_ids=ids, use_cache=False))
+        heads = (head_of(source), head_of(converted))
+        found = [Comparison() for _ in range(parts)]
         for ids in tqdm(windows, desc=f"measuring at {windows.shape[1]:,} tokens", unit="window"):
             first, second = (eager(model, ids.unsqueeze(0).to(model.device)).last_hidden_state[0] for model in (source, converted))
-            self.add_states(first, second, (head_of(source), head_of(converted)), ids)
+            for part, (start, end) in zip(found, pairwise(edges(len(ids), parts)), strict=True):
+                here = slice(max(start - 1, 0), end)  # what stands before a part predicts its first token
+                part.add_states(first[here], second[here], heads, ids[here])
+        for part in found:
+            self.join(part)
+        return found
 
     def result(self) -> dict[str, Any]:
         """`perplexity` of both, `perplexity_ratio`, `kl` in nats per token, `top1_agreement`.

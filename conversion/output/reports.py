@@ -157,12 +157,57 @@ class ConvertReport(PlanReport):
 
 
 @dataclass(frozen=True)
+class PositionReport:
+    """Both models' perplexity on one part of all sequences of a length."""
+
+    start: int
+    """The first position of the part, counted from 0."""
+    end: int
+    """The first one after it."""
+    perplexity: PerSide
+    perplexity_ratio: float
+
+
+@dataclass(frozen=True)
 class ContextReport(Closeness):
     """How close the models are on sequences of one length."""
 
     window: int
     """Tokens in a sequence."""
     tokens: int
+    positions: list[PositionReport] = field(default_factory=list, kw_only=True)
+    """The same in eight parts of a sequence, the beginning first."""
+
+
+@dataclass(frozen=True)
+class NeedleReport:
+    """How many of the numbers at one depth of texts of one length the models found again."""
+
+    length: int
+    """Tokens of a sequence, the answer's included."""
+    depth: float
+    """Share of the text that stands before the number."""
+    questions: int
+    accuracy: PerSide
+    """Share of the questions that were answered to the digit."""
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """How many short questions of one kind the models answered to the letter, after examples."""
+
+    task: str
+    questions: int
+    accuracy: PerSide
+
+
+@dataclass(frozen=True)
+class RecallReport:
+    """What both models answered, by greedy generation."""
+
+    needles: list[NeedleReport]
+    """The shortest texts first, and in each length by depth."""
+    tasks: list[TaskReport]
 
 
 @dataclass(frozen=True)
@@ -179,6 +224,8 @@ class VerifyReport(ContextReport):
     passed: bool
     dtype: str
     """What both models computed and cached in."""
+    needle: RecallReport | None = None
+    """Only where it was asked for."""
 
 
 @dataclass(frozen=True)

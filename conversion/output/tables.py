@@ -99,20 +99,39 @@ def frontier_table(result: Any) -> str:
 
 
 def verify_table(result: Any) -> str:
-    """A verification for people: a line for each context length, then the rest."""
+    """A verification for people: a line for each context length and for the parts of the longest, the rest, then answers."""
     lines = {
         f"at {context.window:,} tokens": f"perplexity {context.perplexity.source:.3f} -> {context.perplexity.converted:.3f} "
         f"(x {context.perplexity_ratio:.4f}), KL divergence {context.kl:.4f} nats, same likeliest token "
         f"{context.top1_agreement:.1%}; on {context.tokens:,} tokens"
         for context in result.contexts
     }
+    longest = result.contexts[-1]
     lines |= {
+        f"ratio by position, to {longest.window:,}": ", ".join(f"{part.perplexity_ratio:.4f}" for part in longest.positions),
         "cache per token, measured": f"{result.kv_bytes_per_token.source:,} -> {result.kv_bytes_per_token.converted:,} bytes "
         f"({result.dtype})",
         "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
         "verdict": result.verdict,
     }
-    return rows(lines)
+    return rows(lines) + (f"\n\n{recall_table(result.needle)}" if result.needle else "")
+
+
+def recall_table(result: Any) -> str:
+    """What both models answered for people: a line for each length of text and a column for each depth, then the tasks."""
+
+    def sides(accuracy: Any) -> str:
+        return f"{100 * accuracy.source:.0f} -> {100 * accuracy.converted:.0f} %"
+
+    cells: dict[str, list[Any]] = {}
+    for each in result.needles:
+        cells.setdefault(f"{each.length:,} tokens", []).append(each)
+    depths = list(dict.fromkeys(each.depth for each in result.needles))
+    lines = [["numbers found at depth", *(f"{depth:.0%}" for depth in depths)]]
+    lines += [[name, *(sides(each.accuracy) for each in some)] for name, some in cells.items()]
+    lines += [["short tasks", *(each.task for each in result.tasks)]]
+    lines += [["answered exactly", *(sides(each.accuracy) for each in result.tasks)]]
+    return "\n".join(f"{line[0]:<24}" + "".join(f"{cell:>16}" for cell in line[1:]).rstrip() for line in lines)
 
 
 def heal_table(result: Any) -> str:

@@ -1,0 +1,167 @@
+"""What conversion costs far from a text's beginning: numbers found by length and depth, short tasks, and loss by position.
+
+python benchmarks/long_context.py SOURCE CONVERTED [CONVERTED ...] --text FILE --out long_context.json
+
+Of each model, the source first: numbers to be found in texts of 1,024 tokens and twice as many each time up to its context, and the
+short tasks (`hf_mla_conversion.mathematics.recall`, which `hf-mla verify --needle` asks too); the loss on windows of the whole
+context, in eighths, as a perplexity ratio to the source's with the standard error over windows. Then with YaRN of a factor of 2
+(--factor) the same at twice the context. Its frequencies in a converted model are the source's (`ladder.narrowed`). Its temperature
+is a factor on what is rotated, so what conversion took out of the rotation is measured without it, as a checkpoint is loaded with
+other `rope_parameters` ("yarn"), and with it, by the queries ("yarn, all"). Each model is loaded once.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_mla_conversion.commands.verify import PARTS, choose_lengths
+from hf_mla_conversion.mathematics.ladder import narrowed
+from hf_mla_conversion.mathematics.measures import edges
+from hf_mla_conversion.mathematics.recall import DEPTHS, Questions, accuracies, needles, tasks
+from hf_mla_conversion.mathematics.scales import HEAD_TOKENS
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.loading import head_of, load_model
+from hf_mla_conversion.source.text import read_text, token_windows
+from hf_mla_conversion.source.tokenizer import load_tokenizer
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+@torch.inference_mode()
+def losses(model: Any, windows: Tensor) -> Tensor:
+    """Mean loss in each part of each window: [windows, tokens] -> [windows, parts]."""
+    head, rows = head_of(model), []
+    for ids in windows.to(model.device):
+        states = model.get_decoder()(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
+        each = [
+            nn.functional.cross_entropy(head(some).float(), targets, reduction="none")
+            for some, targets in zip(states.split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
+        ]
+        of_tokens = torch.cat([states.new_zeros(1).float(), *each])  # nothing predicts the first
+        ends = edges(len(ids), PARTS)
+        rows.append(
+            torch.stack([of_tokens[max(start, 1) : end].mean() for start, end in zip(ends[:-1], ends[1:], strict=True)]).cpu()
+        )
+    return torch.stack(rows)
+
+
+def rescale(model: Any, source: Any, factor: float) -> None:
+    """Give a model YaRN beyond its context, in place: the source's, or its like at the width of a converted one."""
+    config, context = model.config, source.max_position_embeddings
+    config.max_position_embeddings = int(factor * context)
+    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": source.rope_parameters["rope_theta"]}
+    config.rope_parameters = rope | {"original_max_position_embeddings": context}
+    if hasattr(config, "kv_lora_rank"):
+        scaled = type(source)(**source.to_dict() | {"rope_parameters": config.rope_parameters})
+        config.rope_parameters = narrowed(scaled, None, config.qk_rope_head_dim)
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(model.device)
+
+
+@torch.no_grad()
+def temper(model: Any) -> None:
+    """Multiply what is not rotated of a converted model's queries by what YaRN multiplies the scores of the rest by, in place."""
+    config, decoder = model.config, model.get_decoder()
+    for layer in decoder.layers:
+        rows = layer.self_attn.q_proj.weight.unflatten(0, (-1, config.qk_nope_head_dim + config.qk_rope_head_dim))
+        rows[:, : config.qk_nope_head_dim] *= decoder.rotary_emb.attention_scaling**2
+
+
+def line(name: str, entry: dict[str, Any]) -> None:
+    """Print what was measured of a model in one way, a line for each thing."""
+    parts = ", ".join(f"{part['ratio']:.4f} (+- {part['error']:.4f})" for part in entry["positions"])
+    print(f"{name}: {entry['window']:,} tokens, perplexity {entry['perplexity']:.2f}, ratio by position {parts}", flush=True)
+    for length, depths in entry["needles"].items():
+        print(f"{name}: {length:,} tokens, found {', '.join(f'{share:.0%}' for share in depths.values())}", flush=True)
+    if entry["tasks"]:
+        print(f"{name}: {', '.join(f'{task} {share:.0%}' for task, share in entry['tasks'].items())}", flush=True)
+    print(f"{name}: {entry['seconds']:.1f} s", flush=True)
+
+
+def measured(model: Any, tokenizer: Any, asked: Questions, windows: Tensor, source: Tensor | None) -> tuple[dict, Tensor]:
+    """What a model answers, and its loss in windows [windows, tokens] by position, beside the source's [windows, parts]."""
+    started, found = time.perf_counter(), losses(model, windows)
+    apart = found - (found if source is None else source)
+    errors = apart.std(0, correction=0) / max(1, len(apart) - 1) ** 0.5  # of the mean
+    parts = [
+        {"ratio": ratio, "error": ratio * error} for ratio, error in zip(apart.mean(0).exp().tolist(), errors.tolist(), strict=True)
+    ]
+    entry: dict[str, Any] = {"window": windows.shape[1], "windows": len(windows), "perplexity": found.mean().exp().item()}
+    entry |= {"positions": parts, "needles": {}}
+    shares = accuracies(model, tokenizer, asked)
+    for key, share in shares.items():
+        if isinstance(key, tuple):
+            entry["needles"].setdefault(key[0], {})[key[1]] = share
+    entry["tasks"] = {key: share for key, share in shares.items() if isinstance(key, str)}
+    return entry | {"seconds": time.perf_counter() - started}, found
+
+
+def asked_at(tokenizer: Any, lengths: Sequence[int], count: int) -> Questions:
+    """Questions for numbers in so many texts of each length."""
+    return {(length, depth): some for length in lengths for depth, some in needles(tokenizer, length, count).items()}
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure all models; what is measured is written and printed as it comes."""
+    checkpoint = open_checkpoint(options.source)
+    tokenizer = load_tokenizer(checkpoint.folder, options.source)
+    context = checkpoint.config.max_position_embeddings
+    longer = int(options.factor * context)
+    lengths = choose_lengths(True, options.lengths, context)
+    text = read_text(options.text, options.tokens, tokenizer=tokenizer)
+    windows = {length: token_windows(text, tokenizer, options.tokens, length) for length in (context, longer)}
+    asked: Questions = {**asked_at(tokenizer, lengths, options.questions), **tasks(tokenizer, options.tasks)}
+    asked_beyond = asked_at(tokenizer, [longer], options.questions)
+    results: dict[str, Any] = {
+        "model": Path(options.source).name,
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
+        "questions": options.questions,
+        "depths": DEPTHS,
+        "task_questions": options.tasks,
+        "factor": options.factor,
+        "models": [],
+    }
+    of_source: dict[str, Tensor] = {}
+    for folder in (options.source, *options.converted):
+        opened = open_checkpoint(folder)
+        model = load_model(opened, DEVICE, DTYPE)
+        converted = hasattr(model.config, "kv_lora_rank")
+        entry: dict[str, Any] = {"name": Path(folder).name}
+        if converted:
+            entry |= {"kv_lora_rank": model.config.kv_lora_rank, "qk_rope_head_dim": model.config.qk_rope_head_dim}
+        results["models"].append(entry)
+        for way in ("trained", "yarn", "yarn, all")[: 3 if converted else 2]:
+            if way == "yarn":
+                rescale(model, checkpoint.config, options.factor)
+            elif way == "yarn, all":
+                temper(model)
+            beyond = way != "trained"
+            beside = of_source.get("yarn" if beyond else way)
+            questions, some = (asked_beyond, windows[longer]) if beyond else (asked, windows[context])
+            entry[way], found = measured(model, tokenizer, questions, some, beside)
+            of_source.setdefault(way, found)
+            line(f"{entry['name']}, {way}", entry[way])
+            Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        del model
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="the original: a folder or a .gguf file")
+    parser.add_argument("converted", nargs="+", help="what `hf-mla convert` made of it")
+    parser.add_argument("--text", required=True, help="held-out text")
+    parser.add_argument("--out", required=True, help="JSON file")
+    parser.add_argument("--tokens", type=int, default=131072, help="of the text, for the loss by position")
+    parser.add_argument("--lengths", type=int, nargs="+", help="of the texts that numbers are in")
+    parser.add_argument("--questions", type=int, default=20, help="at each length and depth")
+    parser.add_argument("--tasks", type=int, default=100, help="questions of each task")
+    parser.add_argument("--factor", type=float, default=2.0, help="of YaRN")
+    measure(parser.parse_args())
