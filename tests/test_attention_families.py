@@ -1,5 +1,6 @@
 """The attention of every family, read into one form and converted at full rank, against the library's own, in float64."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 import hf_mla
-from hf_mla import MLACache, attention_mla
+from hf_mla import MLACache, attention_mla, layer_mla
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import UserError, convert, info, plan, verify
 from hf_mla_conversion.cli import main
@@ -136,6 +137,23 @@ def test_expanded_absorbed_and_kernel_agree(name, monkeypatch):
         parts = [model(part, cache=cache).logits for part in ids.split([30, *[2] * 5], dim=1)]
         assert distance(torch.cat(parts, 1), expected) < 1e-4 * expected.std()
         assert len(calls) == 10 * in_kernel
+
+
+@pytest.mark.parametrize("name", ["Olmo", "Olmo3", "Gemma2", "GptOss"])
+@torch.no_grad()
+def test_steps_in_half_precision(name, monkeypatch):
+    """Where rotary embeddings are float32, where scores are capped, and with sinks; with masks as the kernel takes them."""
+    model_type, changes, rank, rope_dim = EXACT[name]
+    exact = converted_model(make(model_type, changes).float(), rank, rope_dim).float()
+    rounded = copy.deepcopy(exact).bfloat16()
+    ids, masks = torch.randint(3, 256, (2, 40)), []
+    expected = exact(ids, use_cache=False).logits
+    absorb = layer_mla.absorb_if_cheaper
+    monkeypatch.setattr(layer_mla, "absorb_if_cheaper", lambda *a, **k: masks.append(a[5]) or absorb(*a, **k))
+    for cache in (MLACache(exact.config), MLACache(exact.config, 64)):
+        parts = [rounded(part, cache=cache).logits for part in ids.split([36, *[1] * 4], dim=1)]
+        assert (torch.cat(parts, 1) - expected).square().mean().sqrt() < 0.1 * expected.std()
+    assert {mask.dtype for mask in masks if mask is not None} == {torch.bool}
 
 
 @pytest.mark.parametrize("name", ["Phi3", "Gemma3", "Olmo2", "Cohere2", "GPTNeoX", "StableLm, norms", "Glm4Moe"])
