@@ -170,7 +170,10 @@ def test_two_processes_write_the_same_bytes(tmp_path, source):
 
     There is no memory for hidden states, so each process has files of its own.
     """
-    words, reports = ["--kv-budget=0.5", "--calibration-tokens=2560", "--steps=4", "--device=cpu", "--json"], []
+    words, reports = (
+        ["--calibration=self", "--kv-budget=0.5", "--calibration-tokens=2560", "--steps=4", "--device=cpu", "--json"],
+        [],
+    )
     for name, function in (("one", on_one_thread), ("two", in_two_processes)):
         code, said = run_apart(tmp_path / "log", function, ["convert", source, str(tmp_path / name), *words])
         assert code == 0, said[-2000:]
