@@ -256,15 +256,7 @@ class Scale:
         """Run one of `scale_tasks.py`, under torchrun if it is for several processes; keeps and returns what it found."""
         command = [*TASKS, *words] + (["--tiny"] if self.tiny else [])
         if processes > 1:
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                str(processes),
-                *command[1:],
-            ]
+            command = [*torchrun(processes), *command[1:]]
         try:
             self.run(name, command, gpus, seconds)
         except NotRunError as error:

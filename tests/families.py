@@ -136,6 +136,18 @@ EXACT = {  # model type, what is not as in `SHAPE`, kv_lora_rank, qk_rope_head_d
 }
 
 
+def disturbed(name, rank, rope_dim, noise):
+    """A model with MLA of a case of `EXACT`, whose weights, norms and biases too, are random."""
+    model_type, changes, *_ = EXACT[name]
+    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
+    config = mla_config(AutoConfig.for_model(model_type, **shape), rank, rope_dim, "float32")
+    model = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
 def distance(logits, expected):
     return (logits - expected).abs().max().item()
 

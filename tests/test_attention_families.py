@@ -9,7 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LLAMA3_ROPE, MODEL, VALIDATION
-from families import EXACT, NARROW, SHAPE, TYPES, WRAPPED, YARN, converted_model, distance, every_case, make, one_case_a_family
+from families import (
+    EXACT,
+    NARROW,
+    SHAPE,
+    TYPES,
+    WRAPPED,
+    YARN,
+    converted_model,
+    distance,
+    disturbed,
+    every_case,
+    make,
+    one_case_a_family,
+)
 from safetensors.torch import load_file, save_file
 from transformers import (
     AttentionInterface,
@@ -23,7 +36,6 @@ from transformers import (
 )
 from transformers.masking_utils import eager_mask
 
-import hf_mla
 from hf_mla import MLACache, attention_mla, layer_mla
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import UserError, convert, info, plan, verify
@@ -120,12 +132,7 @@ KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministra
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_expanded_absorbed_and_kernel_agree(name, monkeypatch):
-    model_type, changes, *_ = EXACT[name]
-    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
-    config = mla_config(AutoConfig.for_model(model_type, **shape), 24, 8, "float32")
-    model = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
-    for parameter in model.parameters():
-        parameter.add_(0.15 * torch.randn_like(parameter))
+    model = disturbed(name, 24, 8, noise=0.15)
     ids = torch.randint(3, 256, (2, 40))
     expected = model(ids, use_cache=False).logits
     calls = []
@@ -133,7 +140,7 @@ def test_expanded_absorbed_and_kernel_agree(name, monkeypatch):
     monkeypatch.setattr(attention_mla, "latent_decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
     for in_kernel in (False, True):
         monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, value=in_kernel: value)
-        cache = MLACache(config)
+        cache = MLACache(model.config)
         parts = [model(part, cache=cache).logits for part in ids.split([30, *[2] * 5], dim=1)]
         assert distance(torch.cat(parts, 1), expected) < 1e-4 * expected.std()
         assert len(calls) == 10 * in_kernel

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from conftest import MODEL
-from families import EXACT, SHAPE, make
+from families import EXACT, disturbed, make
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_mla
 from hf_mla import MLACache, attention_mla
 from hf_mla_conversion import convert
-from hf_mla_conversion.mathematics.closed_form import mla_config
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -19,16 +17,14 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize("name", [name for name in EXACT if "," not in name])
 @torch.no_grad()
 def test_the_kernel_is_as_close_as_expanded_attention(name, monkeypatch):
-    model_type, changes, *_ = EXACT[name]
-    shape = {key: value for key, value in (SHAPE | changes).items() if value is not None}
-    config = mla_config(AutoConfig.for_model(model_type, **shape), 32, 8, "float32")
-    exact = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval()
+    exact = disturbed(name, 32, 8, noise=0.1)
+    config = exact.config
     for parameter in exact.parameters():
-        parameter.add_(0.1 * torch.randn_like(parameter)).copy_(parameter.bfloat16())
+        parameter.copy_(parameter.bfloat16())
     ids = torch.randint(3, 256, (2, 40))
     expected = exact(ids, use_cache=False).logits.cuda()
     ids = ids.cuda()
-    rounded = getattr(hf_mla, f"{config.family.mla}ForCausalLM")(config).eval().bfloat16().cuda()
+    rounded = type(exact)(config).eval().bfloat16().cuda()
     rounded.load_state_dict(exact.state_dict())
     usual = (rounded(ids, use_cache=False).logits - expected).square().mean().sqrt()
     calls = []

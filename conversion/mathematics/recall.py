@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from ..errors import UserError
 from ..source.own_text import chat_scripts
 from ..source.text import BUNDLED, read_text
+from ..source.tokenizer import first_token
 
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -90,7 +91,8 @@ def encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def frame(tokenizer: Any, chat: bool = True) -> tuple[list[int], list[int]]:
     """Token ids before and after what a user says; without a chat template what the tokenizer puts first, and nothing."""
     scripts = chat_scripts(tokenizer) if chat else None
-    return (scripts[0], scripts[1]) if scripts else (tokenizer("")["input_ids"], [])
+    begin = first_token(tokenizer)
+    return (scripts[0], scripts[1]) if scripts else ([] if begin is None else [begin], [])
 
 
 @lru_cache(maxsize=1)

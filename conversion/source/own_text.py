@@ -2,8 +2,8 @@
 """Text that a model writes itself: what it was trained on, as far as the model knows it, when nobody can say what that was.
 
 * Half of the sequences are written freely, each text from what the tokenizer puts before every text, or from a random token where
-  it puts nothing; half are chats, where the tokenizer has a chat
-  template: the model writes the user's part too. Both go on to the end of the sequence, with new texts and new turns.
+  it puts nothing; half are chats, where the tokenizer has a chat template: the model writes the user's part too. Both go on to
+  the end of the sequence, with new texts and new turns.
 * All sequences of a batch grow together, token by token, in one cache that is filled in place. A batch is as large as memory
   allows, since a step of thousands of sequences costs hardly more than one of a few.
 * On a GPU a step is captured as a CUDA graph, once for every 64 tokens, and replayed: launching its kernels one by one takes far

@@ -201,8 +201,8 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
 def begun(windows: "Tensor", token: int | None) -> "Tensor":
     """Windows [windows, tokens] that each begin with a token, in place of what was there; as they are if there is none.
 
-    What a tokenizer puts before every text, a model was trained to find there: Gemma 3 270M has a perplexity of 62 on wikitext-2
-    without it, and of 34 with it.
+    What a tokenizer puts before every text, a model was trained to find there: Gemma 3 270M, in float32, has a perplexity of 62 on
+    eight windows of 1,024 tokens of wikitext-2 without it, and of 34 with it.
     """
     if token is not None:
         windows = windows.clone()
