@@ -106,7 +106,6 @@ def heal(words: list[str], tiny: bool) -> None:
     the library does for one process. Otherwise there are evaluations and checkpoints in the middle and at the end.
     """
     from hf_mla_conversion.cli import main
-    from hf_mla_conversion.commands import heal as command
     from hf_mla_conversion.mathematics.distill import DistillationTrainer
     from hf_mla_conversion.stages import end_to_end
 
@@ -121,13 +120,13 @@ def heal(words: list[str], tiny: bool) -> None:
         return made
 
     end_to_end.training_arguments = logged
-    memory_of, planned = command.memory, {}
+    memory_of, planned = end_to_end.memory, {}
 
     def remembered(*args: Any) -> Any:
         planned.update(memory_of(*args))
         return planned
 
-    command.memory = remembered
+    end_to_end.memory = remembered
     if tiny and WORLD > 1:  # Accelerate chooses FSDP on GPUs only; what it then does needs none
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedType

@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 
 from hf_mla_conversion import UserError
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.commands import convert as converter
 from hf_mla_conversion.output.folder import clear, entries, locked
 from hf_mla_conversion.output.progress import work_on
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.stages import layers
+from hf_mla_conversion.stages import one_size as converter
 
 
 TAKES_ROOM = {"open", "os.mkdir"}

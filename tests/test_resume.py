@@ -13,10 +13,10 @@ from two_processes import fork
 
 from hf_mla_conversion import UserError, convert
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.commands import convert as converter_module
 from hf_mla_conversion.source import streaming
 from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.stages import layers as layers_module
+from hf_mla_conversion.stages import one_size as converter_module
 
 
 OPTIONS = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "calibration_tokens": 1024, "steps": 4, "device": "cpu"}

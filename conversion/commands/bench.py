@@ -38,7 +38,7 @@ from hf_mla.native_mla import text_config
 from ..errors import UserError
 from ..output.plotting import check_plot, draw_bench, save_figure
 from ..output.reports import BenchContext, BenchReport, PerSide
-from ..source.checkpoint import DTYPES, Checkpoint, open_checkpoint
+from ..source.checkpoint import TORCH_NAMES, Checkpoint, open_checkpoint
 from ..source.loading import choose_device, load_model
 from ..source.matching import match_model
 from .verify import check_pair
@@ -213,7 +213,7 @@ def choose_dtype(dtype: str, source: Checkpoint, device: torch.device) -> torch.
     if dtype not in allowed:
         raise UserError(f"--dtype is {dtype}; it must be one of {', '.join(allowed)}")
     if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else next(name for name, stored in DTYPES.items() if stored == source.dtype)
+        dtype = "float32" if device.type == "cpu" else TORCH_NAMES[source.dtype]
     return getattr(torch, dtype)
 
 

@@ -2,17 +2,18 @@
 """Convert a checkpoint to MLA, in two stages that share a folder of unfinished work.
 
 The layers are converted one by one (`stages/layers.py`), all other weights stay as they are stored. Then the whole model is trained
-to predict what its source predicts (`stages/end_to_end.py`), where there is memory for it or it was asked for. With `max_ratio`
-this is done for several sizes (`stages/frontier.py`). What is written is never further from the source than what the layers gave.
+to predict what its source predicts (`stages/end_to_end.py`), where there is memory for it or it was asked for. `stages/one_size.py`
+has both for one size. With `max_ratio` it is called for several (`stages/frontier.py`).
+
+This file settles all options and checks all that can go wrong before any work is done, and puts the result together after it.
 """
 
 import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,36 +22,23 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..mathematics.closed_form import mla_config
-from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
 from ..output.progress import earlier_recipe, size_folder, source_fingerprint, token_fingerprint, versions, work_on
-from ..output.reports import Candidate, Closeness, ConvertReport, FrontierPoint, HealReport, PlanReport
-from ..output.writing import check_carried, check_repository, upload, write_model, write_record
-from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
+from ..output.reports import Candidate, ConvertReport, PlanReport
+from ..output.writing import check_carried, check_repository, upload, write_record
+from ..source.checkpoint import DTYPES, ITEMSIZE, TORCH_NAMES, open_checkpoint
 from ..source.families import refusal
-from ..source.loading import choose_device, compute_dtype, free_memory, launched_processes, load_model
-from ..source.matching import ModelCheckpoint, match_model
+from ..source.loading import choose_device, launched_processes
+from ..source.matching import match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
 from ..source.text import calibration_windows
 from ..source.tokenizer import first_token, load_tokenizer
-from ..stages.end_to_end import (
-    EVALUATIONS,
-    MOST_WRITTEN,
-    RATES,
-    STEP_TOKENS,
-    TIMES_READ,
-    Training,
-    batches,
-    distil,
-    history,
-    memory,
-    tokens_of_each,
-    write_trained,
-)
+from ..stages.end_to_end import MOST_WRITTEN, TIMES_READ, tokens_of_each
 from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
+from ..stages.one_size import convert_size, trainable_tokens
 from .plan import check_memory, disk_estimate, export_fields, make_plan, possible_sizes, size_ladder
 
 
@@ -58,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 STEPS = 400
 STEPS_BEFORE_TRAINING = 200  # what more give is gained faster on the whole model
-HEAL_TOKENS = {"cuda": 20_000_000, "cpu": 0}
-TRAINED = "all"  # by the end-to-end stage
 
 
 def convert(
@@ -132,40 +118,38 @@ def convert(
         raise UserError(f"{source}: {reason}")
     sizes = sizes_to_try(checkpoint.config, kv_budget, kv_lora_rank, qk_rope_head_dim, max_ratio, qk_norm)
     checkpoint = match_model(checkpoint)
-    plans = [make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes]
-    planned = plans[0]
-    assert planned.bytes_written is not None and checkpoint.folder is not None
+    plans = {size: make_plan(checkpoint, *size, dtype, qk_norm) for size in sizes}
+    written = plans[sizes[0]].bytes_written
+    assert written is not None and checkpoint.folder is not None
+
+    # Where to compute, on what text, and how long.
     run_device = choose_device(device)
     processes = launched_processes(run_device)
-    tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
-    context = checkpoint.config.max_position_embeddings
-    window = min(SCALES[run_device.type].window, context) if window is None else window
+    scale, context = SCALES[run_device.type], checkpoint.config.max_position_embeddings
+    tokens = scale.calibration if calibration_tokens is None else calibration_tokens
+    window = min(scale.window, context) if window is None else window
     if not 2 <= window <= context:
         raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
     if not 0 <= seed < 2**63:
         raise UserError(f"--seed is {seed}; allowed: 0 to 2**63 - 1")
-    stored = next(name for name, header in DTYPES.items() if header == checkpoint.dtype) if dtype == "auto" else dtype
+    stored = TORCH_NAMES[checkpoint.dtype] if dtype == "auto" else dtype
     config = mla_config(checkpoint.config, *sizes[0], stored, qk_norm)
-    numbers = planned.bytes_written // ITEMSIZE[DTYPES[stored]]
+    numbers = written // ITEMSIZE[DTYPES[stored]]
     # Each process has its own idea of the memory that is free.
     heal_tokens = broadcast_object_list([trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)])[0]
     if steps is None:
         steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
     earlier = None if restart else earlier_recipe(out).get("calibration")
-    fitted = steps * max(SCALES[run_device.type].step, window)
+    fitted = steps * max(scale.step, window)
     names = broadcast_object_list([text_names(calibration, checkpoint, run_device, tokens, fitted, earlier)])[0]
-    if keep_own_text and OWN_TEXT not in names:
-        raise UserError(
-            f"--keep-own-text keeps what the source writes, the text here is {' and '.join(names)}; add --calibration self"
-        )
-    least = 4 * len(names)
-    if tokens < least:
-        raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")
+    check_texts(names, tokens, keep_own_text)
     share = tokens // len(names)
+
+    # Whether there is room for the result, and all that goes with it can be carried over.
     most_own = max(share, min(heal_tokens // TIMES_READ, MOST_WRITTEN)) if OWN_TEXT in names else 0
-    room = disk_estimate(checkpoint, planned.bytes_written, tokens, window, run_device.type, most_own)
+    room = disk_estimate(checkpoint, written, tokens, window, run_device.type, most_own)
     if heal_tokens:
-        room += planned.bytes_written + training_disk(numbers, numbers)
+        room += written + training_disk(numbers, numbers)
     if max_ratio is not None:
         room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
@@ -173,6 +157,7 @@ def convert(
         check_repository(push_to)
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
+
     read = max(share, heal_tokens // len(names))
     texts = {
         name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
@@ -209,48 +194,32 @@ def convert(
         work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
     ):
         if OWN_TEXT in names:
-            if processes.is_main_process:
-                own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
-            processes.wait_for_everyone()
-            texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
+            with processes.main_process_first():
+                texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
         recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer))
-        candidates = job.prepare(sizes, processes)
-        main = processes.is_main_process
 
         @cache
         def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
             return convert_size(job, job.config(rank, rope_dim, stored), dtype, tokenizer, heal_tokens, processes)
 
-        def measured_ratio(size: Candidate) -> float:
-            return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
-
-        frontier: list[FrontierPoint] = []
-        if max_ratio is None:
-            best = best_split(candidates)
-        else:
-            kv_ratios = [plan.kv_ratio for plan in plans if plan.kv_ratio is not None]
-            best, frontier = search(folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)
-            candidates = []
+        best, tried = choose_size(job, plans, max_ratio, convert_to, processes)
         config, measured = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
         layers, spectra = job.reports(config)
-        planned = plans[sizes.index((best.kv_lora_rank, best.qk_rope_head_dim))]
+        planned = plans[best.kv_lora_rank, best.qk_rope_head_dim]
         report = ConvertReport(
-            **{key: getattr(planned, key) for key in PlanReport.__dataclass_fields__} | export_fields(config, tokenizer),
-            **measured,
+            **vars(planned) | export_fields(config, tokenizer) | tried | measured,
             seconds=time.perf_counter() - started,
             calibration_tokens=job.windows.numel(),
             window=job.windows.shape[1],
             steps=steps,
-            candidates=candidates if len(candidates) > 1 else [],
-            frontier=frontier,
             layers=layers,
             output=str(path),
         )
-        if main:
+        if processes.is_main_process:
             output = folder / "output"
             shutil.rmtree(output, ignore_errors=True)
             (size_folder(folder, best) / "output").rename(output)
@@ -280,138 +249,43 @@ def sizes_to_try(
     return size_ladder(config, qk_norm)
 
 
-def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens: int, processes: Any) -> tuple[Any, dict[str, Any]]:
-    """Convert to one size, through both stages; the model is left in `output` of the size's folder.
+def choose_size(
+    job: Job,
+    plans: dict[tuple[int, int], PlanReport],
+    max_ratio: float | None,
+    convert_to: Callable[[int, int], tuple[Any, dict[str, Any]]],
+    processes: Any,
+) -> tuple[Candidate, dict[str, list]]:
+    """Try the sizes on a few layers, and choose the best split of a budget, or the smallest cache that keeps a perplexity ratio.
 
     Args:
         job: the conversion.
-        config: of the converted model.
-        dtype: type of the output's numbers; "auto" keeps the source's.
-        tokenizer: of the source.
-        heal_tokens: of the end-to-end stage; 0 for none.
+        plans: of each rank and rotary width.
+        max_ratio: the ratio, for which some sizes are converted; None for the best split.
+        convert_to: what converts to a rank and a rotary width, and returns what was measured as well.
         processes: Accelerate's state.
 
     Returns:
-        The configuration, and on the main process what was measured, by the names of `ConvertReport`.
+        The size, and what was tried, by the names of `ConvertReport`.
     """
-    main, place = processes.is_main_process, size_folder(job.folder, config)
-    job.convert_layers(config, processes)
-    processes.wait_for_everyone()
-    measured = job.closeness(job.measure(config)) if main else {}
-    layers = place / ("layers" if heal_tokens else "output")
-    # The last process writes while the first one measures.
-    if processes.process_index == processes.num_processes - 1 and not (heal_tokens and layers.exists()):
-        write_model(place, layers, job.checkpoint, config, dtype, tokenizer)
-    processes.wait_for_everyone()
-    if not heal_tokens:
-        return config, measured
-    stage, comparisons = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
-    if main:
-        trained = job.closeness(comparisons)
-        if trained["kl"] <= measured["kl"]:
-            alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
-            return config, measured | {"end_to_end": stage, "layers_alone": alone, **trained}
-        logger.warning("training the whole model gained nothing: what the layers gave is written")
-        shutil.rmtree(place / "output")
-        shutil.copytree(layers, place / "output")
-    return config, measured
+    candidates = job.prepare([*plans], processes)
+    if max_ratio is None:
+        return best_split(candidates), {"candidates": candidates if len(candidates) > 1 else []}
+
+    def measured_ratio(size: Candidate) -> float:
+        return convert_to(size.kv_lora_rank, size.qk_rope_head_dim)[1].get("perplexity_ratio", math.nan)
+
+    kv_ratios = [plan.kv_ratio for plan in plans.values() if plan.kv_ratio is not None]
+    best, frontier = search(job.folder, candidates, kv_ratios, max_ratio, measured_ratio, processes)
+    return best, {"frontier": frontier}
 
 
-def trainable_tokens(
-    wanted: int | None, source: ModelCheckpoint, config: Any, numbers: int, window: int, device: torch.device
-) -> int:
-    """Tokens of the end-to-end stage: as many as wanted, or what is usual where there is memory for it.
-
-    Args:
-        wanted: as given, or None.
-        source: the source.
-        config: of the converted model.
-        numbers: weights of the converted model.
-        window: tokens in a sequence.
-        device: where to compute.
-
-    Returns:
-        Tokens; 0 for no such stage.
-
-    Raises:
-        UserError: it was asked for, and there is not the memory.
-    """
-    if wanted is not None and wanted < 0:
+def check_texts(names: list[str], tokens: int, keep_own_text: bool) -> None:
+    """Raise a UserError if there are too few tokens for the texts to calibrate on, or none of own text to keep."""
+    if keep_own_text and OWN_TEXT not in names:
         raise UserError(
-            f"--heal-tokens is {wanted}; allowed: 0 (the layers alone) or more, {HEAL_TOKENS['cuda']} are usual on a GPU"
+            f"--keep-own-text keeps what the source writes, the text here is {' and '.join(names)}; add --calibration self"
         )
-    tokens = HEAL_TOKENS[device.type] if wanted is None else wanted
-    if not tokens:
-        return 0
-    dtype = compute_dtype(source, device)
-    micro, accumulated = batches(STEP_TOKENS[device.type], window, device, 1)
-    training = Training(TRAINED, 1, RATES[TRAINED], micro, accumulated, 0, EVALUATIONS)
-    needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
-    free = free_memory(device)
-    if needed <= free:
-        return tokens
-    lack = f"training the whole model takes about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
-    if wanted is not None:
-        raise UserError(f"{lack}; give --heal-tokens 0, and use `hf-mla heal` afterwards: with --train lora, or on several GPUs")
-    logger.warning("%s: the layers alone are converted; use `hf-mla heal` afterwards, with --train lora or on several GPUs", lack)
-    return 0
-
-
-def end_to_end(
-    converted: Checkpoint, job: Job, folder: Path, tokens: int, processes: Any
-) -> tuple[HealReport, dict[str, Comparison]]:
-    """Train the whole model to predict what its source predicts, and write it to `folder`/output.
-
-    Args:
-        converted: what the layers gave.
-        job: their work, with the source and the text.
-        folder: where the work is kept.
-        tokens: to train on.
-        processes: Accelerate's state.
-
-    Returns:
-        What was done, and on the main process how close the models are on each text's held-back windows.
-    """
-    source, window = job.checkpoint, job.windows.shape[1]
-    texts = [torch.cat([job.windows[places], more]) for places, more in zip(job.train, job.more, strict=True)]
-    parts = tokens_of_each([text.numel() for text in texts], tokens)
-    windows = torch.cat([text[torch.arange(max(1, part // window)) % len(text)] for text, part in zip(texts, parts, strict=True)])
-    if processes.is_main_process and (times := round(tokens / sum(text.numel() for text in texts))) > TIMES_READ:
-        logger.warning(
-            "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
-            "more text or fewer --heal-tokens may give more",
-            f"{sum(text.numel() for text in texts):,}",
-            f"{times:,}",
-        )
-    step_tokens = min(STEP_TOKENS[job.device.type], windows.numel())
-    micro, accumulated = batches(step_tokens, window, job.device, processes.num_processes)
-    step_tokens = micro * accumulated * processes.num_processes * window
-    training = Training(TRAINED, max(1, tokens // step_tokens), RATES[TRAINED], micro, accumulated, job.seed, EVALUATIONS)
-    dtypes = compute_dtype(converted, job.device), compute_dtype(source, job.device)
-    original = load_model(source, torch.device("cpu"), dtypes[1])
-    held = torch.cat([job.windows[places] for places in job.held.values()])
-    begun = time.perf_counter()
-    state = distil(converted, original, windows, held, folder, training, job.device, processes)
-    report = HealReport(
-        train=training.what,
-        steps=training.steps,
-        tokens_per_step=step_tokens,
-        window=window,
-        trained_parameters=converted.parameters,
-        memory_bytes=memory(
-            converted.config, (converted.parameters, source.parameters, converted.parameters), dtypes, training, window, job.device
-        ),
-        steps_taken=state.global_step,
-        stopped_early=state.global_step < training.steps,
-        seconds=time.perf_counter() - begun,
-        history=history(state.log_history),
-    )
-    comparisons: dict[str, Comparison] = {}
-    if processes.is_main_process:
-        output = write_trained(match_model(converted), folder, training)
-        trained_model = load_model(open_checkpoint(str(output)), job.device, dtypes[0])
-        original = original.to(job.device)
-        for name, places in job.held.items():
-            comparisons[name] = Comparison()
-            comparisons[name].add_models(original, trained_model, job.windows[places])
-    return report, comparisons
+    least = 4 * len(names)
+    if tokens < least:
+        raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..mathematics.scales import SCALES
@@ -31,8 +32,7 @@ from ..stages.end_to_end import (
     batches,
     disk_estimate,
     distil,
-    history,
-    memory,
+    plan_training,
     write_trained,
 )
 from .verify import check_pair, compare
@@ -94,91 +94,62 @@ def heal(
     """
     started = time.perf_counter()
     check_options(steps, train, lora_rank, learning_rate, step_tokens)
-    student_checkpoint, teacher_checkpoint = open_checkpoint(out), open_checkpoint(teacher, revision)
-    check_pair(student_checkpoint, teacher_checkpoint)
-    student_checkpoint, teacher_checkpoint = match_model(student_checkpoint), match_model(teacher_checkpoint)
-    assert student_checkpoint.folder is not None and teacher_checkpoint.folder is not None
-    widest = max(min(shape) for shape in linear_shapes(student_checkpoint))
+    student, source = open_checkpoint(out), open_checkpoint(teacher, revision)
+    check_pair(student, source)
+    student, source = match_model(student), match_model(source)
+    assert student.folder is not None and source.folder is not None
+    widest = max(min(shape) for shape in linear_shapes(student))
     if train == "lora" and lora_rank > widest:
         raise UserError(f"--lora-rank is {lora_rank}; allowed: 1 to {widest}, the smaller side of this model's widest matrix")
+
     run_device = choose_device(device)
     processes = launched_processes(run_device)
-    window = trained_window(student_checkpoint, run_device)
+    window = trained_window(student, run_device)
     wanted = STEP_TOKENS[run_device.type] if step_tokens is None else step_tokens
     micro, accumulated = batches(wanted, window, run_device, processes.num_processes)
-    step_tokens = micro * accumulated * processes.num_processes * window
-    trained = trained_parameters(student_checkpoint, train, lora_rank)
-    plan = HealReport(
-        train=train,
-        steps=steps,
-        tokens_per_step=step_tokens,
-        window=window,
-        trained_parameters=trained,
-        memory_bytes=memory(
-            student_checkpoint.config,
-            (student_checkpoint.parameters, teacher_checkpoint.parameters, trained),
-            (compute_dtype(student_checkpoint, run_device), compute_dtype(teacher_checkpoint, run_device)),
-            Training(train, steps, 0.0, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing),
-            window,
-            run_device,
-        ),
-    )
-    folders = [student_checkpoint.folder, teacher_checkpoint.folder, *teacher_checkpoint.paths.values()]
-    room = student_checkpoint.bytes + disk_estimate(trained if train == "lora" else student_checkpoint.parameters, trained)
-    path = check_output(dest, folders, room, processes, overwrite=overwrite)
+    rate = RATES[train] if learning_rate is None else learning_rate
+    training = Training(train, steps, rate, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing)
+    trained = trained_parameters(student, train, lora_rank)
+    plan = plan_training(student, source, trained, training, window, run_device, processes.num_processes)
+    room = student.bytes + disk_estimate(trained if train == "lora" else student.parameters, trained)
+    path = check_output(dest, [student.folder, source.folder, *source.paths.values()], room, processes, overwrite=overwrite)
     if dry_run:
         return plan
-    tokenizer = load_tokenizer(teacher_checkpoint.folder, teacher, trust_remote_code)
-    check_same_tokenizer(student_checkpoint.folder, out, tokenizer, teacher, trust_remote_code)
-    most = (steps * step_tokens // window + HELD_BACK) * window
+
+    tokenizer = load_tokenizer(source.folder, teacher, trust_remote_code)
+    check_same_tokenizer(student.folder, out, tokenizer, teacher, trust_remote_code)
+    most = (steps * plan.tokens_per_step // window + HELD_BACK) * window
     windows = token_windows(read_text(text, most, tokenizer=tokenizer), tokenizer, most, window, seed)
-    check_vocabulary(windows, student_checkpoint)
-    unit = micro * processes.num_processes  # windows in a forward pass of all processes, which evaluations are whole numbers of
-    held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
-    if windows.shape[1] < window or len(windows) <= held:
-        raise UserError(f"the text has {windows.numel():,} tokens; {(held + 1) * window:,} are the least here, millions are usual")
-    if step_tokens > (len(windows) - held) * window:
-        raise UserError(
-            f"a step takes {step_tokens:,} tokens, the text has {(len(windows) - held) * window:,} beside those held back; "
-            "lower --step-tokens, or give more text"
-        )
-    rate = RATES[train] if learning_rate is None else learning_rate
-    # Gradient checkpointing changes no result, so the recipe does not mention it.
-    training = Training(train, steps, rate, micro, accumulated, seed, PATIENCE, lora_rank, gradient_checkpointing)
-    recipe = {
+    check_vocabulary(windows, student)
+    held = held_back(windows, window, plan.tokens_per_step, micro * processes.num_processes)
+    recipe = {  # gradient checkpointing changes no result, so it is no part of it
         "out": out,
-        "out_sha256": source_fingerprint(student_checkpoint),
+        "out_sha256": source_fingerprint(student),
         "teacher": teacher,
-        "teacher_sha256": source_fingerprint(teacher_checkpoint),
+        "teacher_sha256": source_fingerprint(source),
         "text": text,
         "text_sha256": token_fingerprint(windows),
         "train": train,
         "lora_rank": lora_rank if train == "lora" else None,
         "steps": steps,
         "learning_rate": rate,
-        "tokens_per_step": step_tokens,
+        "tokens_per_step": plan.tokens_per_step,
         "seed": seed,
         "device": run_device.type,
         "versions": versions(),
     }
-    sources, kept = {"out_sha256": student_checkpoint, "teacher_sha256": teacher_checkpoint}, ["checkpoint-*/complete"]
+
+    report, sources, kept = plan, {"out_sha256": student, "teacher_sha256": source}, ["checkpoint-*/complete"]
     with work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder:
-        original = load_model(teacher_checkpoint, torch.device("cpu"), compute_dtype(teacher_checkpoint, run_device))
-        state = distil(student_checkpoint, original, windows[held:], windows[:held], folder, training, run_device, processes)
-        report = plan
+        original = load_model(source, torch.device("cpu"), compute_dtype(source, run_device))
+        done = distil(student, original, windows[held:], windows[:held], folder, training, run_device, processes)
         if processes.is_main_process:
-            output = write_trained(student_checkpoint, folder, training)
+            output = write_trained(student, folder, training)
             check_same_tokenizer(output, dest, tokenizer, teacher, trust_remote_code)
-            healed = load_model(open_checkpoint(str(output)), run_device, compute_dtype(student_checkpoint, run_device))
-            report = replace(
-                plan,
-                steps_taken=state.global_step,
-                stopped_early=state.global_step < steps,
-                seconds=time.perf_counter() - started,
-                history=history(state.log_history),
-                verify=compare(original.to(run_device), healed, [windows[:held]], None),
-                output=str(path),
-            )
+            healed = load_model(open_checkpoint(str(output)), run_device, compute_dtype(student, run_device))
+            seconds = time.perf_counter() - started
+            verify = compare(original.to(run_device), healed, [windows[:held]], None)
+            report = replace(plan, **done, seconds=seconds, verify=verify, output=str(path))
             record_healing(output, report, recipe, path.name)
         processes.wait_for_everyone()
     return report
@@ -196,6 +167,33 @@ def check_options(steps: int, train: str, lora_rank: int, learning_rate: float |
         raise UserError(f"--learning-rate is {learning_rate}; it must be positive, {RATES[train]} is usual")
     if step_tokens is not None and step_tokens < 1:
         raise UserError(f"--step-tokens is {step_tokens}; allowed: 1 or more, some thousands are usual")
+
+
+def held_back(windows: Tensor, window: int, step_tokens: int, unit: int) -> int:
+    """How many windows of a text are held back to measure on.
+
+    Args:
+        windows: all of the text [windows, tokens].
+        window: tokens that a sequence should have.
+        step_tokens: tokens of a step.
+        unit: windows in a forward pass of all processes, which evaluations are whole numbers of.
+
+    Returns:
+        A twentieth of the text, `HELD_BACK` at most.
+
+    Raises:
+        UserError: the text is too short for that, or the rest of it for a step.
+    """
+    held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
+    if windows.shape[1] < window or len(windows) <= held:
+        raise UserError(f"the text has {windows.numel():,} tokens; {(held + 1) * window:,} are the least here, millions are usual")
+    left = (len(windows) - held) * window
+    if step_tokens > left:
+        raise UserError(
+            f"a step takes {step_tokens:,} tokens, the text has {left:,} beside those held back; "
+            "lower --step-tokens, or give more text"
+        )
+    return held
 
 
 def trained_window(checkpoint: Checkpoint, device: torch.device) -> int:

@@ -11,7 +11,7 @@ from ..mathematics.reconstruct import NORM_EPS
 from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
-from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
+from ..source.checkpoint import DTYPES, ITEMSIZE, TORCH_NAMES, Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
 from ..source.matching import ModelCheckpoint, match_model
@@ -69,7 +69,7 @@ def make_plan(checkpoint: Checkpoint, kv_lora_rank: int, qk_rope_head_dim: int, 
     source_itemsize = ITEMSIZE[checkpoint.dtype]
     stored = checkpoint.dtype if dtype == "auto" else DTYPES[dtype]
     itemsize = ITEMSIZE[stored]
-    converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, next(name for name in DTYPES if DTYPES[name] == stored), qk_norm)
+    converted = mla_config(config, kv_lora_rank, qk_rope_head_dim, TORCH_NAMES[stored], qk_norm)
     converted.kv_a_layernorm_eps = NORM_EPS  # as where anything is fitted
     keys = norms * (converted.key_norm_width or head_dim)
     left = [checkpoint.stored.tensors[part] for part in checkpoint.kept.values()]

@@ -9,7 +9,6 @@
 """
 
 import functools
-import math
 import shutil
 import sys
 import time
@@ -25,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..errors import UserError
 from ..source.checkpoint import save_file
 from ..source.loading import head_of
+from .measures import perplexity
 from .scales import HEAD_TOKENS
 
 
@@ -244,7 +244,7 @@ class Healing(TrainerCallback):
         if len(since_start) - since_start.index(min(since_start)) > self.patience:
             control.should_training_stop = True
         if self.bar is not None:
-            self.bar.write(f"step {state.global_step}: held-out perplexity {math.exp(min(losses[-1], 700.0)):.4f}", file=sys.stderr)
+            self.bar.write(f"step {state.global_step}: held-out perplexity {perplexity(losses[-1]):.4f}", file=sys.stderr)
         self.logged = state.global_step, time.perf_counter()  # the evaluation's own time is not the training's
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:

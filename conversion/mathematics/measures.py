@@ -20,6 +20,11 @@ def edges(tokens: int, parts: int) -> list[int]:
     return [tokens * part // parts for part in range(parts + 1)]
 
 
+def perplexity(loss: float) -> float:
+    """What a mean loss in nats is called on the scale of tokens; of the largest, a number that is still finite."""
+    return math.exp(min(loss, 700.0))
+
+
 class Comparison:
     """Loss of two models on the same text, divergence of the second from the first, and their agreement."""
 
@@ -98,8 +103,8 @@ class Comparison:
             if not math.isfinite(loss):
                 raise UserError(f"the {name} model computes numbers that are not finite; its weights are damaged")
         return {
-            "perplexity": {"source": math.exp(min(loss_source, 700.0)), "converted": math.exp(min(loss_converted, 700.0))},
-            "perplexity_ratio": math.exp(min(loss_converted - loss_source, 700.0)),
+            "perplexity": {"source": perplexity(loss_source), "converted": perplexity(loss_converted)},
+            "perplexity_ratio": perplexity(loss_converted - loss_source),
             "kl": kl,
             "top1_agreement": agreement,
         }

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from hf_mla.configuration_mla import slides
 
-from ..source.checkpoint import DTYPES, TensorHeader
+from ..source.checkpoint import TORCH_NAMES, TensorHeader
 from ..source.matching import ModelCheckpoint
 from .gguf_vocabulary import tokenizer_refusal
 from .reports import Widths
@@ -136,10 +136,9 @@ class DeepseekV3Export:
         self.eps = (self.latent_eps if any(self.identity) else None) or self.model.rms_norm_eps
         self.residual = math.sqrt(self.eps / self.model.rms_norm_eps)
         tensors = checkpoint.tensors
-        types = {header: getattr(torch, name) for name, header in DTYPES.items()}
         self.headers = {}
         for name, stored in ({HEAD: tensors[EMBEDDING]} | tensors).items():
-            empty = torch.empty(stored.shape, dtype=types[stored.dtype], device="meta")
+            empty = torch.empty(stored.shape, dtype=getattr(torch, TORCH_NAMES[stored.dtype]), device="meta")
             self.headers[name] = TensorHeader(tuple(self.change(name, empty).shape), stored.dtype)
 
     def epsilon_counts(self, layer: int) -> bool:

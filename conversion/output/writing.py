@@ -97,7 +97,7 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
     for layer in range(config.num_hidden_layers):
         place = prefix.format(layer=layer)
         for name, tensor in load_file(layer_file(work, layer)).items():
-            tensors[place + name] = TensorHeader(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
+            tensors[place + name] = TensorHeader.of(tensor)
             converted[place + name] = layer_file(work, layer), name
 
     def read(name: str) -> Tensor:

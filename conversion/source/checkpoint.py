@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -36,6 +36,7 @@ ADAPTER = "adapter_config.json"  # of PEFT
 RECORD = "conversion.json"  # how a converted checkpoint was made
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the types that weights can have
 DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
+TORCH_NAMES = {header: name for name, header in DTYPES.items()}
 LICENCES = ["LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", "Notice*", "USE_POLICY*"]
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md"]
@@ -54,6 +55,11 @@ class TensorHeader:
     dtype: str
     file: str = ""
     """The shard that holds it."""
+
+    @classmethod
+    def of(cls, tensor: "Tensor") -> "TensorHeader":
+        """The header of a tensor."""
+        return cls(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
 
     @property
     def parameters(self) -> int:
@@ -468,8 +474,7 @@ class ShardWriter:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 data = read(name).detach().cpu().contiguous()
-                stored = TensorHeader(tuple(data.shape), DTYPES[str(data.dtype).removeprefix("torch.")])
-                assert stored == TensorHeader(self.tensors[name].shape, self.tensors[name].dtype), name
+                assert TensorHeader.of(data) == replace(self.tensors[name], file=""), name
                 file.write(data.flatten().view(torch.uint8).numpy().tobytes())
 
 

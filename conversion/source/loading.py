@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
-from .checkpoint import DTYPES, IN_WRAPPER, Checkpoint, DecoderCheckpoint, GGUFCheckpoint
+from .checkpoint import IN_WRAPPER, TORCH_NAMES, Checkpoint, DecoderCheckpoint, GGUFCheckpoint
 from .families import caps_scores
 from .matching import experts_option, match_model
 
@@ -76,7 +76,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: Any, *, spre
     checkpoint = match_model(checkpoint)
     assert checkpoint.folder is not None
     if dtype == "auto":
-        dtype = next(name for name, header in DTYPES.items() if header == checkpoint.dtype)
+        dtype = TORCH_NAMES[checkpoint.dtype]
     device_map = "auto" if spread and device.type == "cuda" and torch.cuda.device_count() > 1 else None
     options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "output_loading_info": True, **experts_option(dtype)}
     if caps_scores(checkpoint.config):

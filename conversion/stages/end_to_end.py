@@ -7,6 +7,8 @@ best weights that held-back text has seen, the unchanged model among them.
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..errors import brief
 from ..mathematics.closed_form import keep_closed_form, make_trainable
 from ..mathematics.distill import BEST, DistillationTrainer, Healing, last_checkpoint
+from ..mathematics.measures import perplexity
 from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
+from ..output.reports import HealReport
 from ..source.attention import attention_of
-from ..source.checkpoint import DTYPES, Checkpoint, ShardWriter, load_file
+from ..source.checkpoint import TORCH_NAMES, Checkpoint, ShardWriter, load_file
 from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
 from ..source.matching import ModelCheckpoint
@@ -97,6 +101,35 @@ def tokens_of_each(lengths: list[float], tokens: int) -> list[int]:
     return result
 
 
+def plan_training(
+    student: Checkpoint, teacher: Checkpoint, trained: int, training: Training, window: int, device: torch.device, processes: int
+) -> HealReport:
+    """What a training is to be, and what it takes.
+
+    Args:
+        student: the converted model.
+        teacher: its source.
+        trained: how many numbers are trained.
+        training: how.
+        window: tokens in a sequence.
+        device: where.
+        processes: how many.
+
+    Returns:
+        The report of a training that has not begun.
+    """
+    numbers = student.parameters, teacher.parameters, trained
+    dtypes = compute_dtype(student, device), compute_dtype(teacher, device)
+    return HealReport(
+        train=training.what,
+        steps=training.steps,
+        tokens_per_step=training.tokens_per_step(window, processes),
+        window=window,
+        trained_parameters=trained,
+        memory_bytes=memory(student.config, numbers, dtypes, training, window, device),
+    )
+
+
 def distil(
     student_checkpoint: Checkpoint,
     original: Any,
@@ -106,7 +139,7 @@ def distil(
     training: Training,
     device: torch.device,
     processes: Any,
-) -> TrainerState:
+) -> dict[str, Any]:
     """Train a converted model to predict what the original predicts; goes on where an earlier call in `folder` was killed.
 
     Runs on as many processes as `accelerate launch` has started, sharded as its configuration says.
@@ -122,56 +155,69 @@ def distil(
         processes: Accelerate's state.
 
     Returns:
-        The Trainer's state after the last step, on the main process.
+        What was done, on the main process, by the names of `HealReport`: `steps_taken`, `stopped_early` and `history`.
 
     Raises:
         OSError: a file could not be written.
     """
-    trained, resumed = folder / "trained.json", None
-    if processes.is_main_process:
-        resumed = last_checkpoint(folder)
+    main, trained = processes.is_main_process, folder / "trained.json"
+    resumed = last_checkpoint(folder) if main else None
     resumed, done = broadcast_object_list([resumed, trained.exists() and (folder / BEST).exists()])
     if not done:
-        lora = training.what == "lora"
-        student = load_model(
-            student_checkpoint, torch.device("cpu"), compute_dtype(student_checkpoint, device) if lora else torch.float32
-        )
-        student = prepare(student, training)
-        if training.gradient_checkpointing:
-            # Transformers 5.23 has a new name for it.
-            name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
-            getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
         callback = Healing(training.tokens_per_step(windows.shape[1], processes.num_processes), training.patience)
         trainer = DistillationTrainer(
             teacher=original.requires_grad_(False),
             folder=folder,
-            model=student,
+            model=student_to_train(student_checkpoint, training, device),
             args=training_arguments(folder, training, device, resumed is not None),
             train_dataset=Windows(windows),
             eval_dataset=Windows(held),
             callbacks=[callback],
         )
         callback.trainer = trainer
-        if resumed is not None and processes.is_main_process:
-            trainer.best = load_file(Path(resumed) / BEST)
         for shown in (PrinterCallback, ProgressCallback):  # on stdout, where results go and nothing else
             trainer.remove_callback(shown)
+        if resumed is not None and main:
+            trainer.best = load_file(Path(resumed) / BEST)
         try:
-            if resumed is not None:
-                trainer.state = TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
-            if trainer.state.global_step < training.steps:  # else it would take a step more
-                trainer.train(resume_from_checkpoint=resumed)
-            trainer.write_best(folder)
-        except (SafetensorError, RuntimeError) as error:  # as these a full disk arrives, not as an OSError
-            if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
-                raise
-            raise OSError(f"a file could not be written, is the disk full? ({brief(error)})") from error
+            with full_disks():
+                if resumed is not None:
+                    trainer.state = TrainerState.load_from_json(str(Path(resumed) / TRAINER_STATE_NAME))
+                if trainer.state.global_step < training.steps:  # else it would take a step more
+                    trainer.train(resume_from_checkpoint=resumed)
+                trainer.write_best(folder)
         finally:
             callback.close()
-        if processes.is_main_process:
+        if main:
             trainer.state.save_to_json(str(trained))
-        del trainer, student
-    return TrainerState.load_from_json(str(trained)) if processes.is_main_process else TrainerState()
+        del trainer
+    if not main:
+        return {}
+    state = TrainerState.load_from_json(str(trained))
+    stopped_early = state.global_step < training.steps
+    return {"steps_taken": state.global_step, "stopped_early": stopped_early, "history": history(state.log_history)}
+
+
+def student_to_train(checkpoint: Checkpoint, training: Training, device: torch.device) -> Any:
+    """The converted model, what is trained of it in float32."""
+    dtype = compute_dtype(checkpoint, device) if training.what == "lora" else torch.float32
+    student = prepare(load_model(checkpoint, torch.device("cpu"), dtype), training)
+    if training.gradient_checkpointing:
+        # Transformers 5.23 has a new name for it.
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    return student
+
+
+@contextmanager
+def full_disks() -> Iterator[None]:
+    """Make an OSError of what arrives as others when a disk is full."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "iostream")):
+            raise
+        raise OSError(f"a file could not be written, is the disk full? ({brief(error)})") from error
 
 
 def memory(
@@ -319,8 +365,7 @@ def write_trained(checkpoint: ModelCheckpoint, folder: Path, training: Training)
         copy(entry, output / entry.name)
     tensors = {name: checkpoint.stored.tensors[part] for name, part in checkpoint.written.items()}
     state = revert_weight_conversion(trained, trained.state_dict())  # experts one by one, say, as the library would save them
-    types = {header: getattr(torch, name) for name, header in DTYPES.items()}
-    ShardWriter(output, tensors).write(lambda name: state[name].to(types[tensors[name].dtype]))
+    ShardWriter(output, tensors).write(lambda name: state[name].to(getattr(torch, TORCH_NAMES[tensors[name].dtype])))
     return output
 
 
@@ -329,7 +374,7 @@ def history(log: list[dict[str, float]]) -> list[dict[str, float]]:
     entries: list[dict[str, float]] = []
     for entry in log:
         if "eval_loss" in entry:
-            entries.append({"step": entry["step"], "perplexity": math.exp(min(entry["eval_loss"], 700.0))})
+            entries.append({"step": entry["step"], "perplexity": perplexity(entry["eval_loss"])})
         elif "loss" in entry:
             speed = entry.get("tokens_per_second", 0.0)
             entries.append({"step": entry["step"], "divergence": entry["loss"], "tokens_per_second": speed})

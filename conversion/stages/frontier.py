@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..mathematics.measures import perplexity
 from ..output.progress import size_folder, write_json
 from ..output.reports import Candidate, FrontierPoint
 
@@ -32,7 +33,7 @@ def predicted(error: float, measured: list[FrontierPoint]) -> float:
         near = min(measured, key=lambda point: abs(math.log(max(point.error, LEAST)) - logarithm))
         assert near.measured_ratio is not None
         factor = max(math.log(near.measured_ratio), LEAST) / max(near.error, LEAST) ** POWER
-    return math.exp(min(factor * math.exp(POWER * logarithm), 700.0))
+    return perplexity(factor * math.exp(POWER * logarithm))
 
 
 def with_predictions(points: list[FrontierPoint]) -> list[FrontierPoint]:

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A conversion to one size, through both stages: the layers one by one, then the whole model where there is memory for it.
+
+What is written is never further from the source than what the layers gave.
+"""
+
+import logging
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..mathematics.measures import Comparison
+from ..output.progress import size_folder
+from ..output.reports import Closeness, HealReport
+from ..output.writing import write_model
+from ..source.checkpoint import Checkpoint, open_checkpoint
+from ..source.loading import compute_dtype, free_memory, load_model
+from ..source.matching import ModelCheckpoint, match_model
+from .end_to_end import (
+    EVALUATIONS,
+    RATES,
+    STEP_TOKENS,
+    TIMES_READ,
+    Training,
+    batches,
+    distil,
+    memory,
+    plan_training,
+    tokens_of_each,
+    write_trained,
+)
+from .layers import Job
+
+
+logger = logging.getLogger(__name__)
+
+HEAL_TOKENS = {"cuda": 20_000_000, "cpu": 0}
+TRAINED = "all"  # by the end-to-end stage
+
+
+def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens: int, processes: Any) -> tuple[Any, dict[str, Any]]:
+    """Convert to one size, through both stages; the model is left in `output` of the size's folder.
+
+    Args:
+        job: the conversion.
+        config: of the converted model.
+        dtype: type of the output's numbers; "auto" keeps the source's.
+        tokenizer: of the source.
+        heal_tokens: of the end-to-end stage; 0 for none.
+        processes: Accelerate's state.
+
+    Returns:
+        The configuration, and on the main process what was measured, by the names of `ConvertReport`.
+    """
+    main, place = processes.is_main_process, size_folder(job.folder, config)
+    job.convert_layers(config, processes)
+    processes.wait_for_everyone()
+    measured = job.closeness(job.measure(config)) if main else {}
+    layers = place / ("layers" if heal_tokens else "output")
+    # The last process writes while the first one measures.
+    if processes.process_index == processes.num_processes - 1 and not (heal_tokens and layers.exists()):
+        write_model(place, layers, job.checkpoint, config, dtype, tokenizer)
+    processes.wait_for_everyone()
+    if not heal_tokens:
+        return config, measured
+    stage, comparisons = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
+    if main:
+        trained = job.closeness(comparisons)
+        if trained["kl"] <= measured["kl"]:
+            alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
+            return config, measured | {"end_to_end": stage, "layers_alone": alone, **trained}
+        logger.warning("training the whole model gained nothing: what the layers gave is written")
+        shutil.rmtree(place / "output")
+        shutil.copytree(layers, place / "output")
+    return config, measured
+
+
+def end_to_end(
+    converted: Checkpoint, job: Job, folder: Path, tokens: int, processes: Any
+) -> tuple[HealReport, dict[str, Comparison]]:
+    """Train the whole model to predict what its source predicts, and write it to `folder`/output.
+
+    Args:
+        converted: what the layers gave.
+        job: their work, with the source and the text.
+        folder: where the work is kept.
+        tokens: to train on.
+        processes: Accelerate's state.
+
+    Returns:
+        What was done, and on the main process how close the models are on each text's held-back windows.
+    """
+    source, window, count = job.checkpoint, job.windows.shape[1], processes.num_processes
+    windows = windows_to_train_on(job, tokens, said=processes.is_main_process)
+    held = torch.cat([job.windows[places] for places in job.held.values()])
+    training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
+    training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
+    plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
+    original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
+    begun = time.perf_counter()
+    done = distil(converted, original, windows, held, folder, training, job.device, processes)
+    report = replace(plan, **done, seconds=time.perf_counter() - begun)
+    comparisons: dict[str, Comparison] = {}
+    if processes.is_main_process:
+        output = write_trained(match_model(converted), folder, training)
+        trained_model = load_model(open_checkpoint(str(output)), job.device, compute_dtype(converted, job.device))
+        original = original.to(job.device)
+        for name, places in job.held.items():
+            comparisons[name] = Comparison()
+            comparisons[name].add_models(original, trained_model, job.windows[places])
+    return report, comparisons
+
+
+def windows_to_train_on(job: Job, tokens: int, *, said: bool) -> Tensor:
+    """Windows [windows, tokens] of all texts to train the whole model on, those of a short text several times.
+
+    Args:
+        job: the conversion.
+        tokens: to train on, in all.
+        said: whether to warn if the text is too short for so many.
+
+    Returns:
+        Token ids, text by text.
+    """
+    window = job.windows.shape[1]
+    texts = [torch.cat([job.windows[places], more]) for places, more in zip(job.train, job.more, strict=True)]
+    there = sum(text.numel() for text in texts)
+    if said and (times := round(tokens / there)) > TIMES_READ:
+        logger.warning(
+            "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
+            "more text or fewer --heal-tokens may give more",
+            f"{there:,}",
+            f"{times:,}",
+        )
+    parts = tokens_of_each([text.numel() for text in texts], tokens)
+    return torch.cat([text[torch.arange(max(1, part // window)) % len(text)] for text, part in zip(texts, parts, strict=True)])
+
+
+def training_of_all(tokens: int, window: int, device: torch.device, processes: int, seed: int = 0) -> Training:
+    """How the whole model is trained, in steps of about so many tokens over all processes; of one step."""
+    return Training(TRAINED, 1, RATES[TRAINED], *batches(tokens, window, device, processes), seed, EVALUATIONS)
+
+
+def trainable_tokens(
+    wanted: int | None, source: ModelCheckpoint, config: Any, numbers: int, window: int, device: torch.device
+) -> int:
+    """Tokens of the end-to-end stage: as many as wanted, or what is usual where there is memory for it.
+
+    Args:
+        wanted: as given, or None.
+        source: the source.
+        config: of the converted model.
+        numbers: weights of the converted model.
+        window: tokens in a sequence.
+        device: where to compute.
+
+    Returns:
+        Tokens; 0 for no such stage.
+
+    Raises:
+        UserError: it was asked for, and there is not the memory.
+    """
+    if wanted is not None and wanted < 0:
+        raise UserError(
+            f"--heal-tokens is {wanted}; allowed: 0 (the layers alone) or more, {HEAL_TOKENS['cuda']} are usual on a GPU"
+        )
+    tokens = HEAL_TOKENS[device.type] if wanted is None else wanted
+    if not tokens:
+        return 0
+    dtype = compute_dtype(source, device)
+    training = training_of_all(STEP_TOKENS[device.type], window, device, 1)
+    needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
+    free = free_memory(device)
+    if needed <= free:
+        return tokens
+    lack = f"training the whole model takes about {needed / 1e9:.1f} GB on {device}, {free / 1e9:.1f} GB are free"
+    if wanted is not None:
+        raise UserError(f"{lack}; give --heal-tokens 0, and use `hf-mla heal` afterwards: with --train lora, or on several GPUs")
+    logger.warning("%s: the layers alone are converted; use `hf-mla heal` afterwards, with --train lora or on several GPUs", lack)
+    return 0
