@@ -15,16 +15,17 @@ each other, so one is in memory at a time. docs/reconstruction.md has the measur
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_mla.layer_mla import MLAAttention
 
 from ..source.attention import added, attend
-from .moments import OutputFit, hooks
+from .closed_form import keep_closed_form
+from .moments import OutputFit, hooks, second_moment
 
 
 NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
@@ -81,6 +82,23 @@ class LayerTask:
             w = w * z.square().mean(-1, keepdim=True) / y.square().mean(-1, keepdim=True).clamp_min(TINY)
         return x, y, w
 
+    def all_windows(self, size: int) -> tuple[Tensor, ...]:
+        """The places of all windows, so many at a time."""
+        return torch.arange(len(self.states)).split(size)
+
+    @torch.no_grad()
+    def input_moment(self, parts: Sequence[Tensor]) -> Tensor:
+        """Mean second moment of x [D, D] on some windows, given in batches, and on first tokens with a share; in float64."""
+        tokens = sum(map(len, parts)) * (self.states.shape[1] - 1)  # a window's own first one is left out
+        width = self.states.shape[-1]
+        moment = torch.zeros(width, width, dtype=torch.float64, device=self.device)
+        for part in parts:
+            moment += second_moment(self.batch(part)[0][:, 1:]) / tokens
+        if self.first is not None:
+            for part in self.first.all_windows(FIRST_BATCH):
+                moment += FIRST_SHARE * second_moment(self.first.batch(part)[0]) / self.first.states[..., 0].numel()
+        return moment
+
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
         with self.precision:
@@ -103,7 +121,7 @@ class LayerTask:
         fit = OutputFit(mla.o_proj.weight)
         energy = self.add_rows(fit, mla, parts)
         if self.first is not None:
-            batches = torch.arange(len(self.first.states)).split(FIRST_BATCH)
+            batches = self.first.all_windows(FIRST_BATCH)
             self.first.add_rows(fit, mla, batches, FIRST_SHARE * energy / len(batches))
         mla.o_proj.weight.copy_(fit.solve())
 
@@ -143,7 +161,48 @@ def interleaved(texts: list[Tensor]) -> Tensor:
     return torch.cat(texts)[places.argsort(stable=True)]
 
 
-def reconstruct(mla: MLAAttention, task: LayerTask, order: Tensor, held: list[Tensor], slower: float = 1.0) -> tuple[float, int]:
+def fit_layer(
+    mla: MLAAttention, task: LayerTask, order: Tensor, fit: Sequence[Tensor], held: Sequence[Tensor], closed: float, *, keep: bool
+) -> tuple[float, int]:
+    """Train a layer that is in closed form, in place, and fit its output again; more slowly if that makes it no better.
+
+    Args:
+        mla: the layer; in float32 or wider.
+        task: the original.
+        order: which windows make up each step, [steps, windows].
+        fit: windows for least squares, in batches.
+        held: windows that tell what is better, in batches.
+        closed: the error of the closed form on them.
+        keep: whether to go back to the closed form if nothing is better.
+
+    Returns:
+        The error on held-back windows of what `mla` is now, and after how many steps that was; 0 for the closed form.
+    """
+    error, kept, closed_form = closed, 0, copy.deepcopy(mla.state_dict())
+    for slower in (1.0, 0.25):
+        mla.load_state_dict(closed_form)
+        mla.kv_a_layernorm.variance_epsilon = NORM_EPS
+        nn.init.ones_(mla.kv_a_layernorm.weight)
+        error, kept = reconstruct(mla, task, order, held, slower)
+        if kept:
+            before = mla.o_proj.weight.clone()
+            task.fit_output(mla, fit)
+            if (refitted := task.error(mla, held)) < error:
+                error = refitted
+            else:
+                mla.o_proj.weight.copy_(before)
+        if error < closed:
+            return error, kept
+    if keep:
+        mla.load_state_dict(closed_form)
+        keep_closed_form(mla, NORM_EPS)
+        return closed, 0
+    return error, kept
+
+
+def reconstruct(
+    mla: MLAAttention, task: LayerTask, order: Tensor, held: Sequence[Tensor], slower: float = 1.0
+) -> tuple[float, int]:
     """Train a converted layer, in place.
 
     Args:

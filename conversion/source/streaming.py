@@ -99,6 +99,12 @@ class LayerStream:
             self.decoder(inputs_embeds=self.zeros(window), use_cache=False)
         return calls
 
+    def calls_alone(self, tokens: int) -> list[dict[str, Any]]:
+        """What each layer is called with for sequences of so many tokens of which each sees itself alone."""
+        alone = torch.full((1, 1, tokens, tokens), torch.finfo(self.dtype).min, dtype=self.dtype, device=self.device)
+        alone.diagonal(dim1=2, dim2=3).zero_()
+        return [call | {"attention_mask": alone} for call in self.calls_for(tokens)]
+
     def zeros(self, tokens: int) -> Tensor:
         """Hidden states of one sequence, of no meaning."""
         return torch.zeros(1, tokens, self.config.hidden_size, dtype=self.dtype, device=self.device)

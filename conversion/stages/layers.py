@@ -10,7 +10,6 @@ text through the layers before, and hands its hidden states to the process whose
 process, and so are the bytes of the result.
 """
 
-import copy
 import itertools
 import json
 import logging
@@ -24,16 +23,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_mla.layer_mla import MLAAttention, rotary_embedding
 
 from ..errors import UserError
-from ..mathematics.closed_form import convert_attention, keep_closed_form, mla_config
+from ..mathematics.closed_form import convert_attention, mla_config
 from ..mathematics.measures import Comparison
-from ..mathematics.moments import LayerMoments, second_moment
-from ..mathematics.reconstruct import FIRST_BATCH, FIRST_SHARE, NORM_EPS, LayerTask, interleaved, mixed, reconstruct
+from ..mathematics.moments import LayerMoments
+from ..mathematics.reconstruct import NORM_EPS, LayerTask, fit_layer, interleaved, mixed
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, size_folder, write_json
@@ -46,12 +45,12 @@ from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
 from ..source.streaming import LayerStream, allocate
 from ..source.text import begun
+from .windows import first_tokens, hold_back
 
 
 logger = logging.getLogger(__name__)
 
 FIRST_LENGTH = 64  # tokens in a sequence of which each sees itself alone, as if it came first
-HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.1  # of the error of a split: what a wider rotary key is worth in contexts longer than the calibration's sequences
 
@@ -110,28 +109,26 @@ class Job:
         self.split(window)
 
     def split(self, window: int) -> None:
-        """Cut the calibration windows into shorter ones, and say what each is for."""
+        """Cut the calibration windows into shorter ones, and say what each is for.
+
+        `windows` are those of all texts; `train`, `held` and `surveyed` are places among them. `firsts` are tokens that come first
+        in a sequence; the layers are called with `alone` for them.
+        """
         self.texts = {name: begun(windows.reshape(-1, window), self.begin) for name, windows in self.texts.items()}
         self.more = [begun(windows.reshape(-1, window), self.begin) for windows in self.more]
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
-        places = torch.arange(len(self.windows)).split([len(windows) for windows in self.texts.values()])
-        held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
-        self.train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
-        self.held = {name: text[-count:] for name, text, count in zip(self.texts, places, held, strict=True)}
-        length = min(FIRST_LENGTH, window)
-        alone = torch.full((1, 1, length, length), torch.finfo(self.stream.dtype).min, dtype=self.stream.dtype, device=self.device)
-        alone.diagonal(dim1=2, dim2=3).zero_()
-        self.alone = [call | {"attention_mask": alone} for call in self.stream.calls_for(length)]
-        generator = torch.Generator().manual_seed(self.seed)
-        text = self.windows.flatten() if self.begin is None else self.windows[:, 0]  # what may come first
-        tokens = text.unique()
-        tokens = tokens[torch.randperm(len(tokens), generator=generator)[: self.scale.first]]
-        # And as often as the text has them: a few words begin many sequences.
-        tokens = torch.cat([tokens, text[torch.randint(len(text), (len(tokens),), generator=generator)]])
-        self.firsts = tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
+        self.train, self.held = hold_back(self.texts)
         self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
+        length = min(FIRST_LENGTH, window)
+        self.alone = self.stream.calls_alone(length)
+        self.firsts = first_tokens(self.windows, self.begin, length, self.scale.first, self.seed)
+
+    @property
+    def held_back(self) -> Tensor:
+        """Token ids [windows, tokens] that nothing is fitted to, of all texts."""
+        return self.windows[torch.cat(list(self.held.values()))]
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
         """The configuration of the converted model."""
@@ -210,65 +207,18 @@ class Job:
         if not left:
             return
         folder.mkdir(exist_ok=True)
-        share = self.windows[torch.cat([torch.empty(0, dtype=torch.long), *self.share(mine, count)])]
-        shape = self.windows.shape[1], config.hidden_size
-        states = allocate((len(share), *shape), self.stream.dtype, self.device, self.folder / f"states-{mine}.bin")
-        firsts = torch.empty(*self.firsts.shape, config.hidden_size, dtype=self.stream.dtype, device=self.device)
-        self.stream.embed(share, states)
-        self.stream.embed(self.firsts, firsts)
-        whole = states
-        if count > 1:
-            whole = allocate((len(self.windows), *shape), self.stream.dtype, self.device, self.folder / f"whole-{mine}.bin")
-
-        def pass_through(layer: Any, index: int) -> None:
-            advance(layer, self.stream.calls[index], states, self.batch, self.device)
-            advance(layer, self.alone[index], firsts, max(1, self.scale.batch // firsts.shape[1]), self.device)
-
-        entered = 0  # the layer that hidden states enter
+        entering = HiddenStates(self, processes)
         with tqdm(total=len(self.stream), initial=len(self.stream) - len(left), desc="converting", unit="layer") as progress:
             for turn in (left[start : start + count] for start in range(0, len(left), count)):
                 for owner, index in enumerate(turn):
-                    for passed in range(entered, index):
-                        with self.stream.layer(passed) as layer:
-                            pass_through(layer, passed)
-                    entered = index
-                    if count > 1:
-                        self.hand_over(states, whole, owner, processes)
-                    if owner == mine:
-                        entering = firsts.clone()
+                    entering.advance_to(index)
+                    entering.hand_over(owner)
                 if mine < len(turn):
                     with self.stream.layer(turn[mine]) as layer:
-                        self.convert_and_save(turn[mine], layer, whole, entering, config)
+                        self.convert_and_save(turn[mine], layer, entering.whole, entering.whole_firsts, config)
                         if count == 1:  # while it is there
-                            pass_through(layer, entered)
-                            entered += 1
+                            entering.pass_through(layer)
                 progress.update(len(turn))
-
-    def share(self, process: int, processes: int) -> list[Tensor]:
-        """The windows whose hidden states a process passes through the layers, in batches; none where there are few."""
-        return [*torch.arange(len(self.windows)).split(self.batch)][process::processes]
-
-    def hand_over(self, states: Tensor, whole: Tensor, owner: int, processes: Any) -> None:
-        """Give one process the hidden states of all windows; all processes take part.
-
-        Args:
-            states: of this process's share.
-            whole: where they go on the process that gets them.
-            owner: the number of that process.
-            processes: Accelerate's state.
-        """
-        mine, own = processes.process_index, states.split(self.batch)
-        for process in range(processes.num_processes):
-            for number, windows in enumerate(self.share(process, processes.num_processes)):
-                into = whole[windows[0] : windows[-1] + 1]
-                if mine == process == owner:
-                    into.copy_(own[number])
-                elif mine == process:
-                    torch.distributed.send(own[number].to(self.device), owner)
-                elif mine == owner:
-                    received = torch.empty_like(into, device=self.device)
-                    torch.distributed.recv(received, process)
-                    into.copy_(received)
 
     def convert_and_save(self, index: int, layer: Any, states: Tensor, firsts: Tensor, config: Any) -> None:
         """Convert a layer to its file, with what `convert_layer` takes."""
@@ -311,55 +261,31 @@ class Job:
         Returns:
             The converted attention, its errors, and its spectrum.
         """
-        call = self.stream.calls[index]
-        position_embeddings = self.rotation(config, index, states)
-        first = None
-        if firsts is not None:
-            cut = tuple(part[:, : firsts.shape[1]] for part in position_embeddings)
-            first = LayerTask(layer, self.alone[index], firsts, cut, self.device)
-        task = LayerTask(layer, call, states, position_embeddings, self.device, first)
-        window = states.shape[1]
+        task, window = self.task(index, layer, states, config, firsts), states.shape[1]
         fit = interleaved(train)[: max(1, self.scale.fit // window)].split(self.batch)
         judges = torch.cat(list(held.values())).split(self.batch)
-        moment = torch.zeros(config.hidden_size, config.hidden_size, dtype=torch.float64, device=self.device)
-        for part in fit:
-            moment += second_moment(task.batch(part)[0][:, 1:]) / (sum(map(len, fit)) * (window - 1))
-        if first is not None:
-            for part in torch.arange(len(first.states)).split(FIRST_BATCH):
-                x, *_ = first.batch(part)
-                moment += FIRST_SHARE * second_moment(x) / first.states[..., 0].numel()
-        mla, spectrum = convert_attention(
-            attention_of(layer), LayerMoments(moment, *gradient_moments(self.folder, index, self.device)), config
-        )
+        moments = LayerMoments(task.input_moment(fit), *gradient_moments(self.folder, index, self.device))
+        mla, spectrum = convert_attention(attention_of(layer), moments, config)
         task.fit_output(mla, fit)
-        closed, closed_form = task.error(mla, judges), copy.deepcopy(mla.state_dict())
-        error, kept = closed, 0
+        closed = task.error(mla, judges)
+        reconstructed, kept = None, 0
         if steps:
             size = min(max(1, self.scale.step // window), sum(map(len, train)))
             order = mixed(train, size, steps, (self.seed * len(self.stream) + index) % 2**63)
-            for slower in (1.0, 0.25):
-                mla.load_state_dict(closed_form)
-                mla.kv_a_layernorm.variance_epsilon = NORM_EPS
-                nn.init.ones_(mla.kv_a_layernorm.weight)
-                error, kept = reconstruct(mla, task, order, list(judges), slower)
-                if kept:
-                    before = mla.o_proj.weight.clone()
-                    task.fit_output(mla, fit)
-                    if (refitted := task.error(mla, judges)) < error:
-                        error = refitted
-                    else:
-                        mla.o_proj.weight.copy_(before)
-                if error < closed:
-                    break
-            if not error < closed and stored_type(config) != torch.float16:  # which has no room for such a norm
-                mla.load_state_dict(closed_form)
-                keep_closed_form(mla, NORM_EPS)
-                error, kept = closed, 0
-            if not math.isfinite(error):
+            keep = stored_type(config) != torch.float16  # which has no room for the norm of a closed form
+            reconstructed, kept = fit_layer(mla, task, order, fit, judges, closed, keep=keep)
+            if not math.isfinite(reconstructed):
                 raise UserError(f"the reconstruction of layer {index} did not converge; try --steps 0, or another --calibration")
-        reconstructed = error if steps else None
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
+
+    def task(self, index: int, layer: Any, states: Tensor, config: Any, firsts: Tensor | None) -> LayerTask:
+        """What the converted layer is to do, with what `convert_layer` takes."""
+        rotation, first = self.rotation(config, index, states), None
+        if firsts is not None:
+            cut = tuple(part[:, : firsts.shape[1]] for part in rotation)
+            first = LayerTask(layer, self.alone[index], firsts, cut, self.device)
+        return LayerTask(layer, self.stream.calls[index], states, rotation, self.device, first)
 
     def rotation(self, config: Any, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for a layer of a converted model, for one sequence as long as those of hidden states."""
@@ -383,7 +309,7 @@ class Job:
     @torch.no_grad()
     def measure(self, config: Any) -> dict[str, Comparison]:
         """Compare the converted layers with the source on each text's held-back windows, a layer of each at a time."""
-        windows = torch.cat([self.windows[held] for held in self.held.values()])
+        windows = self.held_back
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
@@ -419,6 +345,70 @@ class Job:
             held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
             texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
         return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
+
+
+class HiddenStates:
+    """The hidden states of all calibration text, which are passed from layer to layer of the original.
+
+    Each process passes on its share of the windows, whole batches, and all first tokens. A process that converts a layer is handed
+    what enters it of all windows.
+
+    Args:
+        job: the conversion.
+        processes: Accelerate's state.
+    """
+
+    def __init__(self, job: Job, processes: Any) -> None:
+        self.job, self.stream, self.processes = job, job.stream, processes
+        self.entered = 0  # the layer that they enter
+        mine = processes.process_index
+        share = job.windows[torch.cat([torch.empty(0, dtype=torch.long), *self.share(mine)])]
+        shape, dtype = (job.windows.shape[1], self.stream.config.hidden_size), self.stream.dtype
+        self.states = allocate((len(share), *shape), dtype, job.device, job.folder / f"states-{mine}.bin")
+        self.firsts = torch.empty(*job.firsts.shape, shape[1], dtype=dtype, device=job.device)
+        self.stream.embed(share, self.states)
+        self.stream.embed(job.firsts, self.firsts)
+        self.whole, self.whole_firsts = self.states, self.firsts
+        if processes.num_processes > 1:
+            self.whole = allocate((len(job.windows), *shape), dtype, job.device, job.folder / f"whole-{mine}.bin")
+            self.whole_firsts = torch.empty_like(self.firsts)
+
+    def share(self, process: int) -> list[Tensor]:
+        """The windows that a process passes on, in batches; none where there are few."""
+        batches = torch.arange(len(self.job.windows)).split(self.job.batch)
+        return [*batches][process :: self.processes.num_processes]
+
+    def pass_through(self, layer: Any) -> None:
+        """Pass this process's share through the layer that they enter."""
+        job, device = self.job, self.job.device
+        advance(layer, self.stream.calls[self.entered], self.states, job.batch, device)
+        advance(layer, job.alone[self.entered], self.firsts, max(1, job.scale.batch // self.firsts.shape[1]), device)
+        self.entered += 1
+
+    def advance_to(self, index: int) -> None:
+        """Pass this process's share on until it enters a layer."""
+        while self.entered < index:
+            with self.stream.layer(self.entered) as layer:
+                self.pass_through(layer)
+
+    def hand_over(self, owner: int) -> None:
+        """Leave what enters the layer in `whole` and `whole_firsts` of the process of that number; all take part."""
+        if self.processes.num_processes == 1:
+            return
+        mine, own = self.processes.process_index, self.states.split(self.job.batch)
+        if mine == owner:
+            self.whole_firsts.copy_(self.firsts)
+        for process in range(self.processes.num_processes):
+            for number, windows in enumerate(self.share(process)):
+                into = self.whole[windows[0] : windows[-1] + 1]
+                if mine == process == owner:
+                    into.copy_(own[number])
+                elif mine == process:
+                    torch.distributed.send(own[number].to(self.job.device), owner)
+                elif mine == owner:
+                    received = torch.empty_like(into, device=self.job.device)
+                    torch.distributed.recv(received, process)
+                    into.copy_(received)
 
 
 def best_split(candidates: list[Candidate]) -> Candidate:

@@ -98,13 +98,12 @@ def end_to_end(
     """
     source, window, count = job.checkpoint, job.windows.shape[1], processes.num_processes
     windows = windows_to_train_on(job, tokens, said=processes.is_main_process)
-    held = torch.cat([job.windows[places] for places in job.held.values()])
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
     plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
     original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
     begun = time.perf_counter()
-    done = distil(converted, original, windows, held, folder, training, job.device, processes)
+    done = distil(converted, original, windows, job.held_back, folder, training, job.device, processes)
     report = replace(plan, **done, seconds=time.perf_counter() - begun)
     comparisons: dict[str, Comparison] = {}
     if processes.is_main_process:

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the windows of calibration text are for: to fit to, to measure on, and what comes first in a sequence."""
+
+import torch
+from torch import Tensor
+
+
+HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
+
+
+def hold_back(texts: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Hold the end of each text back.
+
+    Args:
+        texts: token ids [windows, tokens] of each text, by its name.
+
+    Returns:
+        Places among all windows, one text after the other: of those to fit to, a tensor for each text, and of those that are held
+        back, by the name of the text.
+    """
+    places = torch.arange(sum(map(len, texts.values()))).split([len(windows) for windows in texts.values()])
+    held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
+    train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
+    return train, {name: text[-count:] for name, text, count in zip(texts, places, held, strict=True)}
+
+
+def first_tokens(windows: Tensor, begin: int | None, length: int, most: int, seed: int) -> Tensor:
+    """Tokens to be seen as if each came first in a sequence.
+
+    Args:
+        windows: token ids of all text [windows, tokens].
+        begin: the token that every sequence begins with, if there is one.
+        length: how many to put into a row.
+        most: different ones.
+        seed: of what is drawn.
+
+    Returns:
+        Token ids [rows, length].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    text = windows.flatten() if begin is None else windows[:, 0]  # what may come first
+    tokens = text.unique()
+    tokens = tokens[torch.randperm(len(tokens), generator=generator)[:most]]
+    # And as often as the text has them: a few words begin many sequences.
+    tokens = torch.cat([tokens, text[torch.randint(len(text), (len(tokens),), generator=generator)]])
+    return tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
