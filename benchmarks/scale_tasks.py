@@ -30,7 +30,7 @@ from transformers.distributed import DistributedConfig
 
 from hf_mla.cache_mla import CACHE_NAME, cache_of
 from hf_mla.configuration_mla import release
-from hf_mla_conversion.source.checkpoint import ShardWriter, TensorHeader
+from hf_mla_conversion.source.shards import ShardWriter, TensorHeader, file_header
 from hf_mla_conversion.source.text import BUNDLED, read_text
 
 
@@ -490,16 +490,10 @@ def write_headers(config: PreTrainedConfig, folder: Path) -> None:
     """A checkpoint with configuration and headers; its numbers are holes in files, which take no room."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in headers(config).items():
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.bytes]}
-        offset += tensor.bytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    tensors = headers(config)
     with open(folder / "model.safetensors", "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + offset)
+        file.write(file_header(tensors))
+        file.truncate(file.tell() + sum(tensor.bytes for tensor in tensors.values()))
 
 
 def known_models() -> dict[str, PreTrainedConfig]:

@@ -45,9 +45,10 @@ from hf_mla_conversion.mathematics.closed_form import mla_config
 from hf_mla_conversion.mathematics.moments import hooks
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.source.attention import added, attend, attention_of, pair_order, watch_gradients
-from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint, read_config, read_headers
+from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint, read_config
 from hf_mla_conversion.source.families import WRAPPERS, refusal, ropes
 from hf_mla_conversion.source.loading import head_of, load_model
+from hf_mla_conversion.source.shards import read_headers
 
 
 @every_case

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, plan, verify
 from hf_mla_conversion.cli import main
-from hf_mla_conversion.source.checkpoint import DTYPES, INDEX, ShardWriter, TensorHeader, open_checkpoint
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.shards import DTYPES, INDEX, ShardWriter, TensorHeader
 
 
 PLAN_KEYS = {"model_type", "supported", "reason", "num_hidden_layers", "kv_lora_rank", "qk_rope_head_dim"}

@@ -19,8 +19,9 @@ from hf_mla_conversion import UserError, export, plan
 from hf_mla_conversion.mathematics.closed_form import IDENTITY_NORM_EPS, IDENTITY_NORM_WEIGHT, keep_closed_form
 from hf_mla_conversion.output.deepseek import DeepseekV3Export, engine_refusals, has_plain_frequencies, refusal, widths_of
 from hf_mla_conversion.output.reports import Widths
-from hf_mla_conversion.source.checkpoint import ShardWriter, open_checkpoint
+from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
+from hf_mla_conversion.source.shards import ShardWriter
 
 
 EXPORT_KEYS = {"format", "tensors", "bytes_written", "padded", "refused", "output"}

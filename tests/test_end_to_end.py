@@ -13,7 +13,7 @@ from conftest import MODEL, VALIDATION, make_source, run_apart
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.mathematics.distill import DistillationTrainer
-from hf_mla_conversion.source.checkpoint import load_file
+from hf_mla_conversion.source.shards import load_file
 from hf_mla_conversion.source.text import read_text
 from hf_mla_conversion.stages import one_size as converter_module
 from hf_mla_conversion.stages.end_to_end import tokens_of_each

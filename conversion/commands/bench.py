@@ -38,9 +38,10 @@ from hf_mla.native_mla import text_config
 from ..errors import UserError
 from ..output.plotting import check_plot, draw_bench, save_figure
 from ..output.reports import BenchContext, BenchReport, PerSide
-from ..source.checkpoint import TORCH_NAMES, Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.loading import choose_device, load_model
 from ..source.matching import match_model
+from ..source.shards import TORCH_NAMES
 from .verify import check_pair
 
 

@@ -24,14 +24,15 @@ from ..errors import UserError
 from ..mathematics.closed_form import mla_config
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
-from ..output.progress import earlier_recipe, size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.progress import earlier_recipe, layer_reports, size_folder, source_fingerprint, token_fingerprint, versions, work_on
 from ..output.reports import Candidate, ConvertReport, PlanReport
 from ..output.writing import check_carried, check_repository, upload, write_record
-from ..source.checkpoint import DTYPES, ITEMSIZE, TORCH_NAMES, open_checkpoint
+from ..source.checkpoint import open_checkpoint
 from ..source.families import refusal
 from ..source.loading import choose_device, launched_processes
 from ..source.matching import match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
+from ..source.shards import DTYPES, ITEMSIZE, TORCH_NAMES
 from ..source.text import calibration_windows
 from ..source.tokenizer import first_token, load_tokenizer
 from ..stages.end_to_end import MOST_WRITTEN, TIMES_READ, tokens_of_each
@@ -208,7 +209,7 @@ def convert(
 
         best, tried = choose_size(job, plans, max_ratio, convert_to, processes)
         config, measured = convert_to(best.kv_lora_rank, best.qk_rope_head_dim)
-        layers, spectra = job.reports(config)
+        layers, spectra = layer_reports(size_folder(folder, best), config.num_hidden_layers)
         planned = plans[best.kv_lora_rank, best.qk_rope_head_dim]
         report = ConvertReport(
             **vars(planned) | export_fields(config, tokenizer) | tried | measured,

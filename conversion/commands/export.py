@@ -17,9 +17,10 @@ from ..output.gguf_vocabulary import tokenizer_refusal
 from ..output.progress import source_fingerprint, versions, work_on, write_json
 from ..output.reports import ExportReport, PerSide
 from ..output.writing import GENERATION, carry, generation_settings
-from ..source.checkpoint import RECORD, Checkpoint, ShardWriter, open_checkpoint, read_record
+from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint, read_record
 from ..source.loading import launched_processes
 from ..source.matching import match_model
+from ..source.shards import ShardWriter
 from ..source.tokenizer import load_tokenizer
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from ..errors import UserError, brief
 from ..output.plotting import check_plot, plot_conversion
-from ..source.checkpoint import RECORD, Checkpoint, TensorHeader, open_checkpoint
+from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..source.families import kv_heads, refusal, source_head_dim
 from ..source.matching import match_model
+from ..source.shards import TensorHeader
 
 
 DIMENSIONS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")

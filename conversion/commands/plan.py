@@ -11,10 +11,11 @@ from ..mathematics.reconstruct import NORM_EPS
 from ..mathematics.scales import HEAD_TOKENS, SCALES, SURVEY_TOKENS
 from ..output.deepseek import ENGINE_WIDTHS, possible_exports, widths_of
 from ..output.reports import PerSide, PlanReport
-from ..source.checkpoint import DTYPES, ITEMSIZE, TORCH_NAMES, Checkpoint, open_checkpoint
+from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, mlp_width, refusal, rotary_width, source_head_dim
 from ..source.loading import free_memory
 from ..source.matching import ModelCheckpoint, match_model
+from ..source.shards import DTYPES, ITEMSIZE, TORCH_NAMES
 
 
 DEFAULT_KV_BUDGET = 0.3125

@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import UserError
-from ..source.checkpoint import save_file
 from ..source.loading import head_of
+from ..source.shards import save_file
 from .measures import perplexity
 from .scales import HEAD_TOKENS
 

@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..errors import UserError
 from ..source.attention import attention_of, watch_gradients
-from ..source.checkpoint import Checkpoint, load_file, save_file
+from ..source.checkpoint import Checkpoint
+from ..source.shards import load_file, save_file
 from ..source.streaming import LayerStream, allocate
 from .moments import gradient_moment, hooks
 from .scales import HEAD_TOKENS

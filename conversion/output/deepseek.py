@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from hf_mla.configuration_mla import slides
 
-from ..source.checkpoint import TORCH_NAMES, TensorHeader
 from ..source.matching import ModelCheckpoint
+from ..source.shards import TORCH_NAMES, TensorHeader
 from .gguf_vocabulary import tokenizer_refusal
 from .reports import Widths
 

@@ -12,12 +12,15 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..source.checkpoint import Checkpoint, user_path
+from ..source.shards import save_file
 from .folder import RECIPE, check_free, clear, locked, put_in_place, undo, work_folder
+from .reports import LayerReport
 
 
 if TYPE_CHECKING:
@@ -32,6 +35,25 @@ def size_folder(folder: Path, size: Any) -> Path:
 def layer_file(folder: Path, layer: int) -> Path:
     """Where the result of a layer is kept: its weights, and as metadata its report and spectrum."""
     return folder / f"layer-{layer:04}.safetensors"
+
+
+def save_layer(file: Path, weights: "dict[str, Tensor]", report: LayerReport, spectrum: list[float]) -> None:
+    """Keep the result of a layer."""
+    shares = [float(f"{share:.3g}") for share in spectrum]
+    save_file(weights, file, {"report": json.dumps(asdict(report)), "spectrum": json.dumps(shares)})
+
+
+def layer_reports(folder: Path, count: int) -> tuple[list[LayerReport], list[list[float]]]:
+    """The reports and spectra of so many layers, as they were kept."""
+    from safetensors import safe_open
+
+    reports, spectra = [], []
+    for layer in range(count):
+        with safe_open(layer_file(folder, layer), framework="pt") as file:
+            metadata = file.metadata()
+        reports.append(LayerReport(**json.loads(metadata["report"])))
+        spectra.append(json.loads(metadata["spectrum"]))
+    return reports, spectra
 
 
 @contextmanager

@@ -16,9 +16,10 @@ import hf_mla
 from hf_mla.cache_mla import quantization_of
 
 from ..errors import UserError, brief
-from ..source.checkpoint import DTYPES, LICENCES, RECORD, Checkpoint, ShardWriter, TensorHeader, load_file
+from ..source.checkpoint import LICENCES, RECORD, Checkpoint
 from ..source.families import FAMILIES
 from ..source.matching import ModelCheckpoint
+from ..source.shards import DTYPES, ShardWriter, TensorHeader, load_file
 from ..source.tokenizer import CONFIG, custom_code, difference, load_tokenizer, read_settings
 from .card import licence, model_card
 from .folder import CARRIED_FOLDERS

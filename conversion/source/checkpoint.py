@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints on disk and on the Hub: find, check by header, read, write.
+"""Checkpoints on disk and on the Hub: find, check by header, read.
 
-* Headers first: a truncated shard or an index that names an absent one is found before any weight is read. Whether the tensors
-  are those of a model is found next, in `matching.py`.
+* Headers first (`shards.py`). Whether the tensors are those of a model is found next, in `matching.py`.
 * A .gguf file (`gguf_file.py`) is a checkpoint as well, of tensors in bfloat16.
 * Of a multimodal checkpoint the text decoder alone is one, by the names that it would have without the rest.
-* `ShardWriter` writes shards tensor by tensor.
 """
 
 import json
 import logging
-import math
 import re
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import UserError, brief
 from .families import FAMILIES, WRAPPERS
 from .gguf_file import GGUFFile, is_gguf
+from .shards import DTYPES, ITEMSIZE, TensorHeader, read_headers, refuse_format
 
 
 if TYPE_CHECKING:
@@ -30,13 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"  # of PEFT
 RECORD = "conversion.json"  # how a converted checkpoint was made
-ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # of the types that weights can have
-DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as torch and safetensors name them
-TORCH_NAMES = {header: name for name, header in DTYPES.items()}
 LICENCES = ["LICEN[CS]E*", "Licen[cs]e*", "licen[cs]e*", "COPYING*", "NOTICE*", "Notice*", "USE_POLICY*"]
 # What a checkpoint needs besides weights; pickles, other frameworks' weights and pictures stay on the Hub.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py", "README.md"]
@@ -45,37 +37,6 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # What stands before the names of a text decoder's tensors, its head's too or not, as older and newer Transformers save multimodal
 # models; what is left may be without the prefix of a decoder with a head, as in any checkpoint.
 IN_WRAPPER = r"^(model\.)?language_model\."
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    file: str = ""
-    """The shard that holds it."""
-
-    @classmethod
-    def of(cls, tensor: "Tensor") -> "TensorHeader":
-        """The header of a tensor."""
-        return cls(tuple(tensor.shape), DTYPES[str(tensor.dtype).removeprefix("torch.")])
-
-    @property
-    def parameters(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the elements."""
-        if self.dtype in ITEMSIZE:
-            return self.parameters * ITEMSIZE[self.dtype]
-        bits = re.search(r"\d+", self.dtype)  # I64, U8, F8_E4M3; BOOL has none, and a byte
-        return math.ceil(self.parameters * int(bits[0] if bits else 8) / 8)
 
 
 @dataclass(frozen=True)
@@ -264,15 +225,6 @@ def refuse_adapter(source: str) -> NoReturn:
     raise UserError(f"{source} is an adapter ({ADAPTER}); merge it with its model (PEFT's merge_and_unload) and convert the result")
 
 
-def refuse_format(source: str) -> NoReturn:
-    """Refuse weights that are not in safetensors files."""
-    raise UserError(
-        f"{source} is not a checkpoint with safetensors weights: it has neither {WEIGHTS} nor {INDEX}; if it has weights of "
-        "another format, load it with Transformers and save it again with save_pretrained; a .gguf file is given itself, "
-        "downloaded first"
-    )
-
-
 def user_path(given: str) -> Path:
     """A path as a user writes it: `~` is expanded; an empty one is refused."""
     if not given:
@@ -371,128 +323,3 @@ def read_config(folder: Path, source: str) -> Any:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # the library raises many types for a bad value; all of them are the file's fault
         raise UserError(f"{source}/config.json is not valid: {brief(error)}") from None
-
-
-def read_headers(folder: Path, source: str) -> dict[str, TensorHeader]:
-    """Read the headers of all shards of a folder.
-
-    Args:
-        folder: where the shards are.
-        source: what the user called it, for messages.
-
-    Returns:
-        The headers by tensor name.
-
-    Raises:
-        UserError: no safetensors, an index that does not match the shards, or a shard that is truncated.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index_path, named = folder / INDEX, None
-    if (folder / WEIGHTS).is_file():
-        files = [WEIGHTS]
-    elif index_path.is_file():
-        try:
-            index = json.loads(index_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{source}/{INDEX} cannot be read ({error}); download it again") from None
-        named = index.get("weight_map") if isinstance(index, dict) else None
-        if not named or not isinstance(named, dict) or not all(file == Path(str(file)).name for file in named.values()):
-            raise UserError(f"{source}/{INDEX} does not map tensors to files beside it; download it again")
-        files = sorted(set(named.values()))
-    else:
-        refuse_format(source)
-    tensors = {}
-    for file in files:
-        if not (folder / file).is_file():
-            raise UserError(f"{source}/{INDEX} names {file}, which is not there; download it again")
-        try:
-            with safe_open(folder / file, framework="np") as shard:
-                for name in shard.keys():  # noqa: SIM118 - not a dict
-                    view = shard.get_slice(name)
-                    tensors[name] = TensorHeader(tuple(view.get_shape()), view.get_dtype(), file)
-        except SafetensorError as error:
-            raise UserError(f"{source}/{file} is damaged or truncated ({error}); download it again") from None
-    for name, file in (named or {}).items():
-        if name not in tensors or tensors[name].file != file:
-            raise UserError(f"{source}/{INDEX} says that {file} holds {name}, which it does not; download it again")
-    return tensors
-
-
-class ShardWriter:
-    """Writes safetensors shards tensor by tensor, holding one in memory: names, shapes and types are known beforehand.
-
-    (The library writes a file from tensors that are all in memory.) The format is eight bytes of header length, a JSON header
-    padded to a multiple of eight, and the tensors' bytes: https://github.com/huggingface/safetensors#format.
-
-    Args:
-        folder: where to.
-        tensors: what will be written, by name.
-        shard_bytes: a shard holds at most so much, or one tensor.
-    """
-
-    def __init__(self, folder: Path, tensors: dict[str, TensorHeader], shard_bytes: int = 4 << 30) -> None:
-        self.folder, self.tensors = folder, tensors
-        shards: list[list[str]] = [[]]
-        filled = 0
-        for name, tensor in tensors.items():
-            if shards[-1] and filled + tensor.bytes > shard_bytes:
-                shards.append([])
-                filled = 0
-            shards[-1].append(name)
-            filled += tensor.bytes
-        # Widest types first, so that every tensor starts at a multiple of its width.
-        self._shards = [sorted(names, key=lambda name: -ITEMSIZE[tensors[name].dtype]) for names in shards]
-
-    def write(self, read: "Callable[[str], Tensor]") -> None:
-        """Write all shards, and the index if there are several; `read` gives a tensor by its name."""
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            weight_map |= dict.fromkeys(names, file)
-            self._write_shard(self.folder / file, names, read)
-        if count > 1:
-            index = {
-                "metadata": {"total_size": sum(tensor.bytes for tensor in self.tensors.values())},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _write_shard(self, path: Path, names: list[str], read: "Callable[[str], Tensor]") -> None:
-        import torch
-
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in names:
-            tensor = self.tensors[name]
-            header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [offset, offset + tensor.bytes]}
-            offset += tensor.bytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with open(path, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                data = read(name).detach().cpu().contiguous()
-                assert TensorHeader.of(data) == replace(self.tensors[name], file=""), name
-                file.write(data.flatten().view(torch.uint8).numpy().tobytes())
-
-
-def save_file(tensors: "dict[str, Tensor]", path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors to a safetensors file that appears whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file as save
-
-    partial = path.with_suffix(".partial")
-    try:
-        save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, partial, metadata)
-    except SafetensorError as error:  # a full disk arrives as this, not as an OSError
-        raise OSError(str(error)) from error
-    partial.replace(path)
-
-
-def load_file(path: Path) -> "dict[str, Tensor]":
-    """Read a safetensors file that `save_file` wrote; the tensors are mapped, not copied."""
-    from safetensors.torch import load_file as load
-
-    return load(path)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from ..errors import UserError, brief
-from .checkpoint import IN_WRAPPER, TORCH_NAMES, Checkpoint, DecoderCheckpoint, GGUFCheckpoint
+from .checkpoint import IN_WRAPPER, Checkpoint, DecoderCheckpoint, GGUFCheckpoint
 from .families import caps_scores
 from .matching import experts_option, match_model
+from .shards import TORCH_NAMES
 
 
 class Given(nn.Module):

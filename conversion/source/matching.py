@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UserError, brief
-from .checkpoint import ITEMSIZE, Checkpoint
+from .checkpoint import Checkpoint
 from .families import FAMILIES, caps_scores
+from .shards import ITEMSIZE
 
 
 if TYPE_CHECKING:

@@ -30,9 +30,10 @@ from transformers.cache_utils import DynamicLayer
 from hf_mla.cache_mla import CACHE_NAME
 
 from ..errors import UserError
-from .checkpoint import Checkpoint, load_file, save_file
+from .checkpoint import Checkpoint
 from .families import kv_heads
 from .loading import compute_dtype, free_memory, head_of, load_model
+from .shards import load_file, save_file
 from .tokenizer import first_token
 
 

@@ -30,10 +30,11 @@ from ..mathematics.scales import HEAD_TOKENS
 from ..output.folder import entries
 from ..output.reports import HealReport
 from ..source.attention import attention_of
-from ..source.checkpoint import TORCH_NAMES, Checkpoint, ShardWriter, load_file
+from ..source.checkpoint import Checkpoint
 from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
 from ..source.matching import ModelCheckpoint
+from ..source.shards import TORCH_NAMES, ShardWriter, load_file
 
 
 RATES = {"lora": 1e-3, "attention": 1e-3, "all": 2.5e-4}

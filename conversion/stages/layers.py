@@ -35,14 +35,14 @@ from ..mathematics.moments import LayerMoments
 from ..mathematics.reconstruct import NORM_EPS, LayerTask, fit_layer, interleaved, mixed
 from ..mathematics.scales import SCALES, SURVEY_TOKENS
 from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
-from ..output.progress import layer_file, size_folder, write_json
+from ..output.progress import layer_file, save_layer, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
 from ..source.attention import attention_of
-from ..source.checkpoint import load_file, save_file
 from ..source.families import layer_type
 from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
+from ..source.shards import load_file
 from ..source.streaming import LayerStream, allocate
 from ..source.text import begun
 from .windows import first_tokens, hold_back
@@ -222,18 +222,13 @@ class Job:
 
     def convert_and_save(self, index: int, layer: Any, states: Tensor, firsts: Tensor, config: Any) -> None:
         """Convert a layer to its file, with what `convert_layer` takes."""
-        stored = stored_type(config)
         mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps, firsts)
-        metadata = {
-            "report": json.dumps(asdict(report)),
-            "spectrum": json.dumps([float(f"{share:.3g}") for share in spectrum.tolist()]),
-        }
-        weights = {}
+        stored, weights = stored_type(config), {}
         for name, tensor in mla.state_dict().items():
             # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
             wide = stored == torch.float16 and name.startswith("kv_a_layernorm")
             weights[name] = tensor.to("cpu", torch.float32 if wide else stored)
-        save_file(weights, layer_file(size_folder(self.folder, config), index), metadata)
+        save_layer(layer_file(size_folder(self.folder, config), index), weights, report, spectrum.tolist())
 
     def convert_layer(
         self,
@@ -293,18 +288,6 @@ class Job:
         place = states[:1, :, :1].to(self.device), self.stream.calls[index]["position_ids"]
         kind = layer_type(config, index)
         return rotary(*place) if kind is None else rotary(*place, kind)
-
-    def reports(self, config: Any) -> tuple[list[LayerReport], list[list[float]]]:
-        """The reports and spectra of all layers of a converted model, as they were kept."""
-        from safetensors import safe_open
-
-        reports, spectra = [], []
-        for index in range(len(self.stream)):
-            with safe_open(layer_file(size_folder(self.folder, config), index), framework="pt") as file:
-                metadata = file.metadata()
-            reports.append(LayerReport(**json.loads(metadata["report"])))
-            spectra.append(json.loads(metadata["spectrum"]))
-        return reports, spectra
 
     @torch.no_grad()
     def measure(self, config: Any) -> dict[str, Comparison]:
