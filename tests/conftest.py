@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 
 
@@ -18,7 +19,7 @@ if not torch.cuda.is_available():  # before anything imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network
 
-from families import Unrounded  # noqa: E402
+from families import Unrounded, mix_keys  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from modes import (  # noqa: E402, F401 (pytest finds its hooks here)
     pytest_addoption,
@@ -66,6 +67,15 @@ def apart(log, function, *arguments):
     sys.exit(function(*arguments))
 
 
+def without_hf_mla(folder, code, *words):
+    """The lines that code prints in a process where importing hf_mla fails; remote code is copied to the folder."""
+    environment = os.environ | {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", f'import sys\nsys.modules["hf_mla"] = None\n{code}', *map(str, words)]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", mix=False, std=0.25, **changes):
     """Save a random model of a family with the bundled tokenizer. `mix`: all key heads are unitary mixes of the first."""
     torch.manual_seed(0)
@@ -85,25 +95,10 @@ def make_source(folder, family="Llama", dtype=torch.float32, shard_size="1GB", m
     model.to(dtype)
     if mix:
         for layer in model.model.layers:
-            mix_keys(layer.self_attn, config.num_key_value_heads)
+            mix_keys(layer.self_attn)
     model.save_pretrained(folder, max_shard_size=shard_size)
     AutoTokenizer.from_pretrained(MODEL).save_pretrained(folder)
     return str(folder)
-
-
-def mix_keys(attention, kv_heads):
-    """Make the normed keys of all heads multiples of the first's, by a complex number for each head and frequency."""
-    projection = attention.k_proj
-    rows = projection.weight.data if projection.bias is None else torch.cat([projection.weight, projection.bias[:, None]], 1).data
-    norm = attention.k_norm.weight.data[:, None] if hasattr(attention, "k_norm") else 1
-    keys = rows.view(kv_heads, -1, rows.shape[1]) * norm
-    heads = torch.complex(*keys.view(kv_heads, 2, -1, rows.shape[1]).unbind(1))  # [g, d/2, D]
-    size, angle = torch.rand(2, *heads.shape[:2], dtype=rows.dtype)
-    heads = heads[:1] * torch.polar(size + 0.5, 6.28 * angle).unsqueeze(-1)
-    rows = (torch.cat([heads.real, heads.imag], dim=1) / norm).flatten(0, 1)
-    projection.weight.data.copy_(rows[:, : projection.in_features])
-    if projection.bias is not None:
-        projection.bias.data.copy_(rows[:, -1])
 
 
 def make_llama(folder, **changes):

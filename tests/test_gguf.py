@@ -235,19 +235,19 @@ def test_interrupted_work_goes_on_with_the_same_file_alone(tmp_path, monkeypatch
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "put_in_place", stop)
-        with pytest.raises(KeyboardInterrupt):
-            convert(str(file), out, **OPTIONS)
+    def interrupted():
+        with monkeypatch.context() as patch:
+            patch.setattr(progress, "put_in_place", stop)
+            with pytest.raises(KeyboardInterrupt):
+                convert(str(file), out, **OPTIONS)
+
+    interrupted()
     write_gguf(tmp_path / "it.gguf", llama[0], fields=[("add_description", "another")])
     with pytest.raises(UserError, match="unfinished work with other it.gguf of source_sha256"):
         convert(str(file), out, **OPTIONS)
     shutil.copy(llama[1], file)
     layers = {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").rglob("layer-*")}
-    with monkeypatch.context() as patch:
-        patch.setattr(progress, "put_in_place", stop)
-        with pytest.raises(KeyboardInterrupt):
-            convert(str(file), out, **OPTIONS)
+    interrupted()
     assert layers == {path.name: path.stat().st_mtime_ns for path in (tmp_path / ".out.incomplete").rglob("layer-*")} != {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_mla
+from conftest import make_mla, without_hf_mla
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_mla
@@ -19,8 +19,6 @@ from hf_mla_conversion.output.writing import REMOTE_FILES
 
 # Runs in a process of its own, where importing hf_mla fails; prints logits and text for the caller to compare.
 WITHOUT_HF_MLA = """
-import sys
-sys.modules["hf_mla"] = None  # importing it raises ImportError
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 folder, again, qwen3 = sys.argv[1:]
@@ -55,11 +53,8 @@ def elsewhere(converted, tmp_path_factory):
     """What a process without hf_mla prints: families imported for a Qwen3, the checkpoint, its own copy of it; and that copy."""
     scratch = tmp_path_factory.mktemp("elsewhere")
     make_mla("Qwen3", num_key_norms=2).save_pretrained(scratch / "qwen3")
-    environment = os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_HF_MLA, converted[0], str(scratch / "again"), str(scratch / "qwen3")]
-    done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines(), scratch / "again"
+    words = converted[0], scratch / "again", scratch / "qwen3"
+    return without_hf_mla(scratch, WITHOUT_HF_MLA, *words), scratch / "again"
 
 
 def test_loads_without_hf_mla_installed(converted, elsewhere):
