@@ -123,7 +123,7 @@ def convert(
     written = plans[sizes[0]].bytes_written
     assert written is not None and checkpoint.folder is not None
 
-    # Where to compute, on what text, and how long.
+    # Where to compute, on what text, and for how long.
     run_device = choose_device(device)
     processes = launched_processes(run_device)
     scale, context = SCALES[run_device.type], checkpoint.config.max_position_embeddings
@@ -146,7 +146,7 @@ def convert(
     check_texts(names, tokens, keep_own_text)
     share = tokens // len(names)
 
-    # Whether there is room for the result, and all that goes with it can be carried over.
+    # What would stand in the way of the result.
     most_own = max(share, min(heal_tokens // TIMES_READ, MOST_WRITTEN)) if OWN_TEXT in names else 0
     room = disk_estimate(checkpoint, written, tokens, window, run_device.type, most_own)
     if heal_tokens:
@@ -159,14 +159,13 @@ def convert(
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
 
+    # What is read of texts; that of its own the source writes later.
     read = max(share, heal_tokens // len(names))
     texts = {
         name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
         for name in names
         if name != OWN_TEXT
     }
-    trained_on = tokens_of_each([*(windows.numel() for windows in texts.values()), math.inf], heal_tokens)
-    own = max(share, min(trained_on[-1] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
     check_memory(checkpoint, sizes, run_device)
     recipe = {
         "source": source,
@@ -195,6 +194,8 @@ def convert(
         work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
     ):
         if OWN_TEXT in names:
+            trained_on = tokens_of_each([*(windows.numel() for windows in texts.values()), math.inf], heal_tokens)
+            own = max(share, min(trained_on[-1] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
             with processes.main_process_first():
                 texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])

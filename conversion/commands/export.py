@@ -57,14 +57,7 @@ def export(
     Raises:
         UserError: something in the arguments or the checkpoint does not allow it.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format is {format}; allowed: {', '.join(FORMATS)}")
-    if pad not in PADS:
-        raise UserError(f"--pad is {pad}; allowed: {', '.join(PADS)}")
-    if format == "gguf" and pad != "auto":
-        raise UserError(f"--pad is {pad}; a .gguf file keeps the widths, which llama.cpp takes as they are")
-    if format != "gguf" and outtype is not None:
-        raise UserError(f"--outtype is of --format gguf; {format} stores numbers as {out} does")
+    check_options(out, format, pad, outtype)
     checkpoint: Checkpoint = open_checkpoint(out)
     if checkpoint.config.model_type == format:
         raise UserError(f"{out} is a {format!r} already; there is nothing to export")
@@ -81,6 +74,7 @@ def export(
         if reason is not None:
             return ExportReport(format, reason)
         return export_gguf(checkpoint, dest, tokenizer, outtype, overwrite=overwrite)
+
     exported = DeepseekV3Export(checkpoint, widths_of(checkpoint.config, PADS[pad]))
     written = sum(header.bytes for header in exported.headers.values())
     processes = launched_processes(torch.device("cpu"))
@@ -127,6 +121,18 @@ def export(
             record_export(checkpoint.folder, output, report, recipe, path.name)
             output.rename(folder / "output")
     return report
+
+
+def check_options(out: str, format: str, pad: str, outtype: str | None) -> None:
+    """Raise a UserError if there is no such option, or if it does not go with the format."""
+    if format not in FORMATS:
+        raise UserError(f"--format is {format}; allowed: {', '.join(FORMATS)}")
+    if pad not in PADS:
+        raise UserError(f"--pad is {pad}; allowed: {', '.join(PADS)}")
+    if format == "gguf" and pad != "auto":
+        raise UserError(f"--pad is {pad}; a .gguf file keeps the widths, which llama.cpp takes as they are")
+    if format != "gguf" and outtype is not None:
+        raise UserError(f"--outtype is of --format gguf; {format} stores numbers as {out} does")
 
 
 def source_floats(folder: Path) -> int | None:
