@@ -1,6 +1,6 @@
 """What several GPUs give: conversion, healing, decoding, serving, a long sequence; all in one go, with results as they come.
 
-python benchmarks/scale.py [--parts convert,heal,decode,serve,long,plan] [--gpus N] [--seconds 400] [--layers 4] [--out FILE]
+python benchmarks/scale.py [--parts convert,heal,...] [--gpus N] [--seconds 400] [--layers 4] [--out FILE]
 
 `scale_page.py` writes the tables in docs/scale.md from what this leaves in results/scale.json.
 
@@ -45,7 +45,7 @@ CONVERT = ["-m", "hf_mla_conversion.cli", "convert"]
 MARGIN = 4  # seconds kept to write the results
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--parts", default="convert,heal,decode,serve,long,plan")
+parser.add_argument("--parts", default="convert,heal,decode,batching,serve,long,plan")
 parser.add_argument("--gpus", type=int, help="how many to use (all; without GPUs 2 processes)")
 parser.add_argument("--seconds", type=float, default=400.0)
 parser.add_argument("--layers", type=int, default=4, help="of the 32 of a Llama-3-8B that is converted")
@@ -415,19 +415,18 @@ class Scale:
 
         With `kill`, a process is killed after a checkpoint; the same command then goes on, to the end.
         """
-        train, kill, compiled = changes.get("train", "all"), changes.get("kill", False), changes.get("compiled", False)
+        train, kill = changes.get("train", "all"), changes.get("kill", False)
 
         def measure(gpus: list[int]) -> dict[str, Any]:
             self.has(f"{model}-mla")
             name = f"heal-{model}-{processes}" + ("-killed" if kill else "") + ("-lora" if train == "lora" else "")
-            name += "-compiled" if compiled else ""
             source, out, dest = (str(self.work / folder) for folder in (f"llama-{model}", f"{model}-mla", name))
             words = ["heal", out, dest, "--teacher", source, "--text", str(self.work / "short.txt"), "--train", train, "--json"]
             words += ["--gradient-checkpointing", "--steps", "8", "--step-tokens", "4096" if self.tiny else "65536"]
             words += ["--device", "cpu"] if self.tiny else []
             config = ["--config_file", str(self.work / "fsdp.yaml") if self.tiny else "examples/heal_accelerate.yaml"]
             command = [*self.launch(processes, *config), *TASKS[1:], *words]
-            environment = {"SCALE_COMPILE": "1" if compiled else "0", "SCALE_STOP": "0" if kill else "1"}
+            environment = {"SCALE_STOP": "0" if kill else "1"}
             found: dict[str, Any] = {"model": model, "processes": processes, "train": train}
             if kill:
                 watched = self.work / f".{name}.incomplete"
@@ -476,18 +475,24 @@ class Scale:
                     found["loss_differs_by"] = max(losses, default=None)
                     self.keep(f"compared-{name}", found)
 
-    def deepspeed(self, gpus: list[int]) -> dict[str, Any]:
-        """The example's configuration for DeepSpeed, where it is installed."""
-        if importlib.util.find_spec("deepspeed") is None:
-            raise NotRunError("DeepSpeed is not installed")
-        self.has("1b-mla")
-        dest = str(self.work / "heal-deepspeed")
-        words = ["heal", str(self.work / "1b-mla"), dest, "--teacher", str(self.work / "llama-1b"), "--text"]
-        words += [str(self.work / "short.txt"), "--train", "all", "--gradient-checkpointing", "--steps", "4", "--json"]
-        launch = self.launch(2, "--config_file", "examples/heal_deepspeed.yaml")
-        ran = self.run("heal-deepspeed", [*launch, *TASKS[1:], *words], gpus, 200)
-        report = json.loads(ran.output[ran.output.index("{") :])
-        return {"seconds": ran.seconds, "history": report["history"]}
+    def deepspeed(self, stage: int) -> Callable[[list[int]], Any]:
+        """The example's configuration for DeepSpeed, with this stage of ZeRO, where it is installed."""
+
+        def measure(gpus: list[int]) -> dict[str, Any]:
+            if importlib.util.find_spec("deepspeed") is None:
+                raise NotRunError("DeepSpeed is not installed")
+            self.has("1b-mla")
+            name = f"heal-deepspeed-{stage}"
+            example = (ROOT / "examples" / "heal_deepspeed.yaml").read_text()
+            (self.work / f"{name}.yaml").write_text(re.sub("zero_stage: .", f"zero_stage: {stage}", example))
+            words = ["heal", str(self.work / "1b-mla"), str(self.work / name), "--teacher", str(self.work / "llama-1b"), "--text"]
+            words += [str(self.work / "short.txt"), "--train", "all", "--gradient-checkpointing", "--steps", "4", "--json"]
+            launch = self.launch(2, "--config_file", str(self.work / f"{name}.yaml"))
+            ran = self.run(name, [*launch, *TASKS[1:], *words], gpus, 150)
+            report = json.loads(ran.output[ran.output.index("{") :])
+            return {"seconds": ran.seconds, "peak_gpu": ran.peak_gpu, "history": report["history"]}
+
+        return measure
 
     def decode(self, processes: int, spread: bool = False) -> Callable[[list[int]], Any]:
         """Decode on one device, by tensor parallelism, or with a model that is spread over devices."""
@@ -571,6 +576,7 @@ class Scale:
         wide += ["--tiny"] if self.tiny else []
         make_wide = ("make-wide", lambda gpus: {"seconds": self.run("make wide", wide, gpus, 90).seconds})
         plan = lane("plan" in parts, ("plan", self.planned))
+        batching = lane("batching" in parts, ("batching", self.batching))
         serve, long = lane("serve" in parts, ("serve", self.serve)), lane("long" in parts, ("long", self.long))
         # What one GPU does.
         self.lanes(
@@ -579,38 +585,36 @@ class Scale:
                 lane(convert or heal or bool(plan), make_8b) + lane(convert, ("convert-1", self.converted("convert-1", 1))) + plan,
             ),
             (1, lane(heal, make_1b, ("make-1b-mla", self.closed_form("llama-1b", "1b-mla")), ("heal-1b-1", self.heal("1b", 1)))),
-            (1, lane(decode, make_wide, ("decode-1", self.decode(1))) + long),
+            (1, lane(decode or bool(batching), make_wide) + lane(decode, ("decode-1", self.decode(1))) + long),
             (1, lane(heal, ("make-8b-mla", self.closed_form("llama-8b", "8b-mla")), ("heal-8b-1", self.heal("8b", 1)))),
         )
         if everyone == 1:
-            self.lanes((1, serve), (1, lane(decode, ("batching", self.batching))))
+            self.lanes((1, batching), (1, serve))
             return
         self.lanes((everyone, lane(convert, ("convert-n", self.converted("convert-n", everyone)))))
         self.compare_conversions()
         # Serving says nothing of speed, and so shares its GPU.
         self.lanes(
             (2, lane(convert, ("convert-killed-and-resumed", self.converted("convert-again", 2, kill=True)))),
-            (2, lane(heal, ("heal-1b-2", self.heal("1b", 2))) + lane(decode, ("decode-2", self.decode(2)))),
+            (2, lane(decode, ("decode-2", self.decode(2)), ("decode-spread", self.decode(1, spread=True)))),
             (0, serve),
         )
         self.compare_conversions()
+        self.lanes(
+            (2, lane(heal, ("heal-1b-2", self.heal("1b", 2)))),
+            (2, lane(heal, ("heal-8b-2", self.heal("8b", 2)))),
+        )
         if everyone > 2:
             both = (lane(heal, (f"heal-{model}-{everyone}", self.heal(model, everyone))) for model in ("1b", "8b"))
             self.lanes((everyone, [step for steps in both for step in steps]))
         self.compare_healing()
-        self.lanes(
-            (2, lane(heal, ("heal-1b-2-killed", self.heal("1b", 2, kill=True)))),
-            (
-                2,
-                lane(heal, ("heal-8b-2", self.heal("8b", 2)), ("heal-8b-2-lora", self.heal("8b", 2, train="lora")))
-                + lane(decode, ("decode-spread", self.decode(1, spread=True))),
-            ),
-        )
         if everyone > 2:
             self.lanes((everyone, lane(decode, (f"decode-{everyone}", self.decode(everyone)))))
         self.lanes(
-            (2, lane(heal, ("heal-1b-2-compiled", self.heal("1b", 2, compiled=True)), ("heal-deepspeed", self.deepspeed))),
-            (1, lane(decode, ("batching", self.batching))),
+            (2, lane(heal, ("heal-8b-2-lora", self.heal("8b", 2, train="lora")))),
+            (2, lane(heal, ("heal-1b-2-killed", self.heal("1b", 2, kill=True)))),
+            (2, lane(heal, *((f"heal-deepspeed-{stage}", self.deepspeed(stage)) for stage in (2, 3)))),
+            (1, batching),
         )
         self.compare_healing()
 

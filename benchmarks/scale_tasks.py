@@ -102,8 +102,8 @@ def make_converted(folder: str, layers: int, tiny: bool) -> None:
 def heal(words: list[str], tiny: bool) -> None:
     """`hf-mla heal`, whose every step is logged; each process says what it held.
 
-    SCALE_STOP ends it after the last step, and there is no evaluation: speed is measured. SCALE_COMPILE compiles the layers, which
-    the library does for one process. Otherwise there are evaluations and checkpoints in the middle and at the end.
+    SCALE_STOP ends it after the last step, and there is no evaluation: speed is measured. Otherwise there are evaluations and
+    checkpoints in the middle and at the end.
     """
     from hf_mla_conversion.cli import main
     from hf_mla_conversion.mathematics.distill import DistillationTrainer
@@ -140,15 +140,6 @@ def heal(words: list[str], tiny: bool) -> None:
                 self._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
 
         AcceleratorState.__init__ = begin_sharded
-    if os.environ.get("SCALE_COMPILE") == "1":
-        initialise = DistillationTrainer.__init__
-
-        def compiled(self: Any, **kwargs: Any) -> None:
-            initialise(self, **kwargs)
-            for layer in (*self.model.get_decoder().layers, *self.teacher.get_decoder().layers):
-                layer.compile(dynamic=False)
-
-        DistillationTrainer.__init__ = compiled
     train = DistillationTrainer.train
 
     def trained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -245,7 +236,7 @@ def decode(folder: str, reference: str, spread: bool, tiny: bool) -> None:
             result(**{"eager" if eager else "compiled": measured | {"batch": batch, "context": context, "peak": peak}})
     if WORLD > 1:
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        os._exit(0)  # what is recorded in graphs keeps NCCL from ending
 
 
 def resident() -> dict[str, int]:

@@ -129,7 +129,7 @@ class DistillationTrainer(Trainer):
 
         language_model.forward = forward
         self._divergence = divergence
-        if self.args.device.type == "cuda" and self.args.world_size == 1:
+        if self.args.device.type == "cuda" and not self.is_deepspeed_enabled:  # which gathers weights in hooks of its own
             # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
             self._divergence = torch.compile(divergence, dynamic=False)
             for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
