@@ -3,7 +3,7 @@
 
 A sequence's first token is left out of both. Trained models rest their attention on it (a *sink*): its hidden state can be fifty
 times as large as any other's, and the gradient at its key is a sum over all tokens after it. Neither says anything about others;
-`layers.py` adds inputs of many tokens that each come first.
+`reconstruct.py` adds inputs of many tokens that each come first.
 """
 
 from collections.abc import Iterator

@@ -167,11 +167,11 @@ def fit_layer(
     """Train a layer that is in closed form, in place, and fit its output again; more slowly if that makes it no better.
 
     Args:
-        mla: the layer; in float32 or wider.
-        task: the original.
-        order: which windows make up each step, [steps, windows].
+        mla: as for `reconstruct`.
+        task: likewise.
+        order: likewise.
         fit: windows for least squares, in batches.
-        held: windows that tell what is better, in batches.
+        held: as for `reconstruct`.
         closed: the error of the closed form on them.
         keep: whether to go back to the closed form if nothing is better.
 

@@ -97,7 +97,7 @@ def end_to_end(
         What was done, and on the main process how close the models are on each text's held-back windows.
     """
     source, window, count = job.checkpoint, job.windows.shape[1], processes.num_processes
-    windows = windows_to_train_on(job, tokens, said=processes.is_main_process)
+    windows = windows_to_train_on(job, tokens, warn=processes.is_main_process)
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
     plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
@@ -116,13 +116,13 @@ def end_to_end(
     return report, comparisons
 
 
-def windows_to_train_on(job: Job, tokens: int, *, said: bool) -> Tensor:
+def windows_to_train_on(job: Job, tokens: int, *, warn: bool) -> Tensor:
     """Windows [windows, tokens] of all texts to train the whole model on, those of a short text several times.
 
     Args:
         job: the conversion.
         tokens: to train on, in all.
-        said: whether to warn if the text is too short for so many.
+        warn: whether to say so if the text is too short for so many.
 
     Returns:
         Token ids, text by text.
@@ -130,7 +130,7 @@ def windows_to_train_on(job: Job, tokens: int, *, said: bool) -> Tensor:
     window = job.windows.shape[1]
     texts = [torch.cat([job.windows[places], more]) for places, more in zip(job.train, job.more, strict=True)]
     there = sum(text.numel() for text in texts)
-    if said and (times := round(tokens / there)) > TIMES_READ:
+    if warn and (times := round(tokens / there)) > TIMES_READ:
         logger.warning(
             "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
             "more text or fewer --heal-tokens may give more",
