@@ -56,7 +56,7 @@ def heal(report: dict[str, Any]) -> str:
             rows.append(
                 [
                     titles[found["model"]],
-                    found["train"] + "".join(f", {word}" for word in ("killed", "compiled") if word in name),
+                    found["train"] + "".join(f", {word}" for word in ("killed",) if word in name),
                     found["processes"],
                     f"{found['tokens_per_second']:,.0f}",
                     "-" if speedup is None else f"x {speedup:.2f}",
@@ -98,11 +98,12 @@ def serve(report: dict[str, Any]) -> str:
     found = report["results"].get("serve")
     if found is None:
         return "not measured yet"
+    refused = sum(not said.startswith("[") for said in found["malformed"].values())
     memory = [found[f"memory_{when}"] for when in ("after_first_tenth", "at_the_end")]
     rows = [
         ["way", found["way"]],
         ["requests; answered of those that were to be", f"{found['requests']:,}; {found['answered']:,} of {found['expected']:,}"],
-        ["cancelled; malformed, refused alone", f"{found['cancelled']}; {len(found['malformed'])}"],
+        ["cancelled; malformed; of these refused, alone", f"{found['cancelled']}; {len(found['malformed'])}; {refused}"],
         ["requests per second", f"{found['requests_per_second']:.1f}"],
         ["MB of the GPU after the first tenth, at the end", ", ".join(f"{entry['device'] / 1e6:,.0f}" for entry in memory)],
         ["MB of the host", ", ".join(f"{entry['host'] / 1e6:,.0f}" for entry in memory)],
@@ -110,7 +111,7 @@ def serve(report: dict[str, Any]) -> str:
     if "sample" in found:
         sampled = f"{found['equal']} of {found['sample']}; {found['differ_by_rounding']}; {len(found['differ'])}"
         rows.append(["as `generate` alone answers; differ by rounding; otherwise", sampled])
-    return table(["", machine(report["machine"])], rows)
+    return table(["", f"one GPU of {machine(report['machine'])}"], rows)
 
 
 def long(report: dict[str, Any]) -> str:

@@ -132,8 +132,9 @@ class DistillationTrainer(Trainer):
         if self.args.device.type == "cuda" and not self.is_deepspeed_enabled:  # which gathers weights in hooks of its own
             # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
             self._divergence = torch.compile(divergence, dynamic=False)
-            for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
-                layer.compile(dynamic=False)
+            if not getattr(self.teacher.config, "num_experts_per_tok", None):  # whose products in float32 cannot be compiled
+                for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
+                    layer.compile(dynamic=False)
 
     def _watch(self, output: Any) -> None:
         if self._watched is not None:
