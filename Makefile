@@ -13,7 +13,7 @@ PYTEST := -m pytest -q -n 2 --dist worksteal
 ENGINES := vllm llamacpp
 test test-versions test-newest test-llamacpp: export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check style test-versions test-newest test-engines $(ENGINES:%=test-%) clean
+.PHONY: demo test check style docs test-versions test-newest test-engines $(ENGINES:%=test-%) clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,13 @@ check: $(VENV)/ready
 style: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs  ## the pages as a site, in site/; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # An environment with one version of Transformers; "newest" is whatever the package index has.
 install-%:
