@@ -42,7 +42,7 @@ $(VENV)/docs: $(VENV)/ready
 	touch $@
 
 docs: $(VENV)/docs  ## the pages as a site, in site/; a link that leads nowhere fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 # An environment with one version of Transformers; "newest" is whatever the package index has.
 install-%:
