@@ -71,7 +71,7 @@ def latent() -> Figure:
     arrow(axes, (37, 17), (58, 19), "kv_a_layernorm")
     arrow(axes, (37, 15), (58, 12.5), "RoPE")
     box(axes, 58, 17, 24, 4, f"latent c(t) [{R}]", TEAL)
-    box(axes, 58, 10.5, 24 * P / R * 3, 4, f"k_rope(t) [{P}]", TEAL)
+    box(axes, 58, 10.5, 12, 4, f"k_rope(t) [{P}]", TEAL)
     axes.text(83.5, 16, "cached", fontsize=9, fontweight="bold", color=TEAL, va="center")
     axes.plot((1, 95), (8.3, 8.3), ":", color=GREY, linewidth=1)
     axes.text(1, 6.6, "formed when a prompt\nis read, and not kept:", fontsize=8.5, va="top", linespacing=1.4)
@@ -163,7 +163,7 @@ def rotary() -> Figure:
     energy = ((pairs @ moment.to(pairs.dtype)) * pairs.conj()).sum(-1).real  # [g, d / 2]
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
-    image = left.imshow(energy / energy.sum(), aspect="auto", cmap="viridis")
+    image = left.imshow((energy / energy.sum()).numpy(), aspect="auto", cmap="viridis")
     figure.colorbar(image, ax=left, label="share of the layer's key energy")
     for group in range(1, ROPE_DIM // 2):
         left.axvline(2 * group - 0.5, color="white", linewidth=1)
@@ -171,9 +171,9 @@ def rotary() -> Figure:
     left.set_xticks(range(0, pairs.shape[1], 2))
     left.set_yticks(range(heads))
     left.grid(False)
-    places = torch.arange(ROPE_DIM // 2)
+    places = torch.arange(ROPE_DIM // 2).numpy()
     for shift, (colour, (name, share)) in enumerate(zip((GREY, ORANGE, TEAL), shares(keys, moment, heads).items(), strict=True)):
-        right.bar(places + 0.27 * (shift - 1), 100 * share, 0.25, color=colour, label=name)
+        right.bar(places + 0.27 * (shift - 1), 100 * share.numpy(), 0.25, color=colour, label=name)
     right.set(xlabel=f"fold group i: {heads} heads x 2 frequencies", ylabel="% of the group's energy")
     right.set(title=f"After: one pair a group, in a shared key of {ROPE_DIM}", ylim=(0, 100))
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=3, frameon=False, fontsize=9)

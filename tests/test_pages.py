@@ -6,6 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+import hf_mla
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -159,6 +162,13 @@ def pictures(monkeypatch):
     return runpy.run_path(str(BENCHMARKS / "pictures.py"))
 
 
+@pytest.fixture
+def drawings(monkeypatch):
+    """The script that draws how it works."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return runpy.run_path(str(BENCHMARKS / "drawings.py"))
+
+
 def drawn(axes):
     """The lines of a diagram by their names, as points."""
     return {line.get_label(): [tuple(map(float, point)) for point in line.get_xydata()] for line in axes.lines}
@@ -218,3 +228,33 @@ def test_pictures_are_of_what_there_is(pictures, tmp_path):
     assert file.name == "layer_errors.svg" and b"</svg>" in before
     pictures["draw_all"](tmp_path, tmp_path / "docs")
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["latent", "absorption"])
+def test_shapes_in_drawings(drawings, name):
+    """Those of the module, of a Llama-3-8B at 512 + 64."""
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    config = hf_mla.LlamaMLAConfig(**shape, qk_nope_head_dim=128, v_head_dim=128)
+    with torch.device("meta"):
+        module = hf_mla.MLAAttention(config, 0)
+    words = {text.get_text().replace("\n", " ") for text in drawings[name]().axes[0].texts}
+    assert "kv_b_proj [32 x (128 + 128), 512]" in words and module.kv_b_proj.weight.shape == (32 * (128 + 128), 512)
+    if name == "latent":
+        assert "kv_a_proj_with_mqa [512 + 64, 4,096]" in words and module.kv_a_proj_with_mqa.weight.shape == (512 + 64, 4096)
+
+
+def test_the_drawn_shares_of_energy(drawings):
+    keys, moment = torch.randn(3 * 32, 48, dtype=torch.float64), torch.eye(48, dtype=torch.float64)
+    alone, real, mixed = drawings["shares"](keys, moment, 3).values()
+    assert (alone < real).all() and (real < mixed).all() and (mixed < 1).all()
+    pairs = torch.complex(*torch.randn(2, 1, 8, 1, 48, dtype=torch.float64)).expand(3, 8, 2, 48)  # of a group, all the same but
+    turned = (pairs * torch.polar(*torch.rand(2, 3, 8, 2, 1, dtype=torch.float64).mul(3).unbind(0))).flatten(1, 2)
+    alone, real, mixed = drawings["shares"](torch.cat([turned.real, turned.imag], dim=1).flatten(0, 1), moment, 3).values()
+    assert (alone < 0.9).all() and (real < 0.999).all()
+    torch.testing.assert_close(mixed, torch.ones_like(mixed))
+
+
+def test_the_concentration_is_drawn(drawings):
+    energy, bars = drawings["rotary"]().axes[:2]
+    assert energy.images[0].get_array().shape == (3, 16)
+    assert len(bars.patches) == 3 * 8 and all(0 < bar.get_height() <= 100 for bar in bars.patches)
