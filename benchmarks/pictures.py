@@ -1,4 +1,4 @@
-"""Draws what conversions of a real model cost, and how fast MLA models decode, from results/ into docs/pictures/.
+"""Draws what conversions of a real model cost, how fast MLA models decode, and from what caches, from results/ into docs/pictures/.
 
 python benchmarks/pictures.py          # needs matplotlib
 
@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator
-from readme import RESULTS, cache, stage
+from pages import RESULTS, cache, machine, stage
 
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
@@ -142,6 +142,33 @@ def native_model(result: dict[str, Any]) -> Figure | None:
     return figure
 
 
+def decoding(result: dict[str, Any]) -> Figure:
+    """What `hf-mla bench --json` printed: bytes of the caches, and milliseconds a token, against the context."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    held, time = figure.subplots(1, 2)
+    names = {"source": ("original", ORANGE), "converted": ("converted", TEAL)}
+    contexts = [row["context"] for row in result["contexts"]]
+    for axes, values, unit in (
+        (held, {side: [row["cache_bytes"][side] / 2**30 for row in result["contexts"]] for side in names}, "GiB"),
+        (time, {side: [row["decode_ms_per_token"][side] for row in result["contexts"]] for side in names}, "milliseconds"),
+    ):
+        ends = []
+        for side, (name, colour) in names.items():
+            axes.plot(contexts, values[side], "o-", color=colour, markersize=4, linewidth=1.6, label=name)
+            ends.append((contexts[-1], values[side][-1], f"{values[side][-1]:.3g}", colour))
+        axes.set(xlabel=f"tokens of context, of {result['batch']} sequences each", ylabel=unit, xlim=(0, contexts[-1]))
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(FixedLocator(contexts))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        label_ends(axes, ends)
+    held.set_title("KV cache")
+    time.set_title("Time of a token")
+    held.legend(frameon=False, loc="upper left")
+    where = machine({key: result[key] for key in ("device", "torch", "transformers")})
+    figure.supxlabel(f"width of Llama-3-8B, 8 layers, random weights; {result['dtype']}, {where}", fontsize=8)
+    return figure
+
+
 def ratio_scale(axes: Any) -> None:
     """A logarithmic scale of what a perplexity ratio has above 1."""
     axes.set_yscale("function", functions=(lambda ratio: np.log(np.maximum(ratio - 1, 1e-3)), lambda height: 1 + np.exp(height)))
@@ -167,14 +194,15 @@ def draw_all(results: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for file, drawings in DRAWINGS.items():
-            result = json.loads((results / f"{file}.json").read_text(encoding="utf-8"))
-            for draw in drawings:
+            path = results / f"{file}.json"
+            result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            for draw in drawings if result is not None else ():
                 figure = draw(result)
                 if figure is not None:
                     figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
 
 
-DRAWINGS = {"real_model": (layer_errors, training_curve, frontier), "native_model": (native_model,)}
+DRAWINGS = {"real_model": (layer_errors, training_curve, frontier), "native_model": (native_model,), "bench": (decoding,)}
 
 if __name__ == "__main__":
     draw_all(RESULTS, PICTURES)

@@ -10,7 +10,7 @@ The dequantized model, in bfloat16, is the original of all ratios. Compared are 
 and text that the original writes with a seed of its own, in windows of 1,024 and of 8,192 tokens. Tasks are scored by the likeliest
 choice per character (boolq and winogrande: the likeliest), all models in one run; the error of a difference is its standard error
 over questions. Answers to ten chat prompts go beside the results, unedited. How a model was made is read from its conversion.json.
-README.md shows the tasks one by one of the conversion given first, and its layers are drawn; let it be the default one.
+docs/tasks.md shows the tasks one by one of the conversion given first, and its layers are drawn; let it be the default one.
 """
 
 import argparse

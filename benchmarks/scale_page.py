@@ -2,7 +2,7 @@
 
 python benchmarks/scale_page.py
 
-As `readme.py` does with README.md: between `<!-- figures: NAME -->` and `<!-- end figures -->` stands what the function NAME here
+As `pages.py` does with other pages: between `<!-- figures: NAME -->` and `<!-- end figures -->` stands what the function NAME here
 makes of the results. What was not run is not in a table; what was not measured is a dash.
 """
 
@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from readme import BLOCK, RESULTS, machine, table
+from pages import BLOCK, RESULTS, machine, table
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"

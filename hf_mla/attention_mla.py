@@ -62,6 +62,13 @@ def absorbing_is_cheaper(
 
     Returns:
         True to absorb.
+
+    Example:
+        >>> widths = {"rank": 512, "rope_dim": 64, "nope_dim": 128, "value_dim": 128}
+        >>> absorbing_is_cheaper(new_tokens=1, all_tokens=8192, **widths)
+        True
+        >>> absorbing_is_cheaper(new_tokens=8192, all_tokens=8192, **widths)
+        False
     """
     expanded = all_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (nope_dim + rope_dim + value_dim)
     absorbed = new_tokens * rank * (nope_dim + value_dim) + new_tokens * all_tokens * (2 * rank + rope_dim) + weight_cost

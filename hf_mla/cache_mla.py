@@ -290,8 +290,11 @@ class MLACache(Cache):
 
     Example:
         >>> cache = MLACache(model.config)
-        >>> outputs = model.generate(**inputs, cache=cache)
+        >>> outputs = model.generate(**inputs, cache=cache, max_new_tokens=8)
+        >>> [tuple(layer.keys.shape) for layer in cache.layers]  # tokens, all but the last one, and numbers of each
+        [(1, 1, 12, 32), (1, 1, 12, 32)]
         >>> cache_bytes(cache)
+        3328
     """
 
     def __init__(

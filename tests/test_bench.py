@@ -66,8 +66,8 @@ def test_report(capsys, tmp_path, out):
         assert context["speedup"] == pytest.approx(rates["converted"] / rates["source"])
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
-    readme = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "readme.py"))
-    assert readme["bench"](result).splitlines()[-1].endswith(f"| x {result['speedup']:.2f} | x 0.312 |")
+    pages = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks" / "pages.py"))
+    assert pages["bench"](result).splitlines()[-1].endswith(f"| x {result['speedup']:.2f} | x 0.312 |")
 
 
 def test_table(capsys, out):

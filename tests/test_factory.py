@@ -122,7 +122,7 @@ def test_what_is_kept_in_float32_and_how_norms_begin():
 def test_every_family_has_its_proof():
     """A tiny model that goes through the whole pipeline, and a well-known checkpoint for docs/families.md."""
     assert {model_type for name, (model_type, *_) in EXACT.items() if "," not in name} == set(KNOWN) == set(FAMILIES)
-    assert (Path(hf_mla.__file__).parent.parent / "README.md").read_text().count(f"{len(FAMILIES)} model types") == 2
+    assert f"{len(FAMILIES)} model types" in (Path(hf_mla.__file__).parent.parent / "README.md").read_text()
 
 
 def test_editors_know_the_classes_of_the_table():

@@ -139,21 +139,21 @@ def test_saved_as_ever(tmp_path):
     assert greedy(loaded)[0] == greedy(model)[0]
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "native.md").read_text(encoding="utf-8")
 
 
-def test_readme_lists_the_types():
+def test_the_page_lists_the_types():
     """All that this Transformers has; a newer one may have more."""
     files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     known = {file.parent.name for file in files if "def expand_kv(" in file.read_text(encoding="utf-8")}
-    rows = re.findall(r"^\| (5\.\d+) \| (`.*`) \|$", README, re.MULTILINE)
+    rows = re.findall(r"^\| (5\.\d+) \| (`.*`) \|$", PAGE, re.MULTILINE)
     since = {name: release(version) for version, names in rows for name in re.findall(r"`(\w+)`", names)}
     assert sorted(since) == sorted(TYPES)
     assert {name for name, version in since.items() if version <= release(transformers.__version__)} == known - REFUSED
 
 
-def test_readme_example(tmp_path, capsys):
-    (example,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "hf_mla" in code and "DeepSeek" in code)
+def test_the_example_of_the_page(tmp_path, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     config, model_class = config_and_class("deepseek_v2", vocab_size=4096)
     model_class._from_config(config).save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path)

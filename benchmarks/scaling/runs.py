@@ -278,7 +278,7 @@ class Runs:
                 time.sleep(0.2)
 
     def launch(self, processes: int, *config: str) -> list[str]:
-        """What starts so many processes, as the README says; on a CPU `accelerate launch` starts one, whatever it is asked for."""
+        """What starts so many processes, as docs/scale.md has it; on a CPU `accelerate launch` starts one, whatever is asked."""
         if processes == 1:
             return [sys.executable]
         if self.tiny and not config:

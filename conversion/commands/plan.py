@@ -50,6 +50,13 @@ def plan(
 
     Raises:
         UserError: the source is no whole checkpoint, or the sizes cannot be had.
+
+    Example:
+        >>> report = plan("llama", kv_budget=0.3125)
+        >>> report.kv_lora_rank, report.qk_rope_head_dim
+        (44, 16)
+        >>> report.kv_bytes_per_token
+        PerSide(source=2304, converted=720)
     """
     checkpoint = open_checkpoint(source, revision, headers_only=True)
     reason = refusal(checkpoint.config)

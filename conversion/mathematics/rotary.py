@@ -54,6 +54,12 @@ def split_keys(key_weight: Tensor, components: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The rotary rows [P, D], z = u^H k, and the rest [g * d, D], k - u z.
+
+    Example:
+        >>> key_weight, moment = torch.randn(8, 3), torch.eye(3)  # one head, as wide as the shared key: nothing is lost
+        >>> rotary, rest = split_keys(key_weight, principal_components(key_weight, moment, kv_heads=1, rope_dim=8))
+        >>> bool(rest.abs().max() < 1e-5)
+        True
     """
     kv_heads = components.shape[1]
     keys = to_complex(key_weight, kv_heads)

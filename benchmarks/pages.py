@@ -1,11 +1,11 @@
-"""Writes the figures in README.md from the results of benchmarks.
+"""Writes the figures in the pages of docs/ from the results of benchmarks.
 
-python benchmarks/readme.py
+python benchmarks/pages.py
 
-What stands in README.md between `<!-- figures: NAME -->` and `<!-- end figures -->` is what the function NAME here makes of
-results/NAME.json, or "not measured yet" where there is no such file. Each file names its machine. A median comes with its
-`spread`, two numbers that it lies between: {"kernel": 0.2, ...} with {"kernel": [0.19, 0.22], ...}. What could not be measured is
-null or absent.
+What stands in a page between `<!-- figures: NAME -->` and `<!-- end figures -->` is what the function NAME here makes of
+results/NAME.json (of results/real_model.json for `tasks`), or "not measured yet" where there is no such file; `scale_page.py` has
+the blocks of docs/scale.md. Each file names its machine. A median comes with its `spread`, two numbers that it lies between:
+{"kernel": 0.2, ...} with {"kernel": [0.19, 0.22], ...}. What could not be measured is null or absent.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end figures -->)", re.DOTALL)
 
 
@@ -74,7 +74,7 @@ def bench(result: dict[str, Any]) -> str:
 
 
 def real_model(result: dict[str, Any]) -> str:
-    """What conversions of a real model cost: all of them by perplexity and by the mean of the tasks, the first by each task."""
+    """What conversions of a real model cost, by perplexity and by the mean of the tasks."""
     first, *_ = conversions = result["conversions"]
     places = [("books", 1024), ("wikitext-2", 1024), ("own text", 1024), ("books", 8192), ("wikitext-2", 8192)]
     titles = [text if window == 1024 else f"{text}, {window:,}" for text, window in places]
@@ -84,9 +84,9 @@ def real_model(result: dict[str, Any]) -> str:
     for conversion in sorted(conversions, key=lambda made: (-made["kv_ratio"], made["heal_tokens"], made["seed"])):
         ratios = {(text["text"], text["window"]): f"x {text['perplexity_ratio']:.3f}" for text in conversion["texts"]}
         means = conversion.get("task_means")
-        tasks = f"{percent(means['source'])} -> {percent(means['converted'])} (+- {percent(means['error'])})" if means else "-"
+        scores = f"{percent(means['source'])} -> {percent(means['converted'])} (+- {percent(means['error'])})" if means else "-"
         seconds = "-" if conversion["seconds"] is None else f"{conversion['seconds']:,.0f}"
-        costs = [*(ratios.get(place, "-") for place in places), tasks, seconds]
+        costs = [*(ratios.get(place, "-") for place in places), scores, seconds]
         ratio = conversion["kv_ratio"]
         numbers = f"{cache(conversion)} of {(conversion['kv_lora_rank'] + conversion['qk_rope_head_dim']) / ratio:.0f}"
         rows.append([numbers, f"-{100 * (1 - ratio):.4g} %", stage(conversion, conversions), *costs])
@@ -94,16 +94,21 @@ def real_model(result: dict[str, Any]) -> str:
     perplexities = ", ".join(
         f"{title} {originals[place]:.2f}" for title, place in zip(titles, places, strict=True) if place in originals
     )
-    text = f"Ratios to the original's perplexity ({perplexities}), {tokens}:\n\n{table(header, rows)}"
-    if first.get("tasks"):
-        rows = []
-        for task, score in first["tasks"].items():
-            change = f"{100 * (score['converted'] - score['source']):+.2f} (+- {percent(score['error'])})"
-            scores = (percent(score[side]) for side in ("source", "converted"))
-            rows.append([task, score["kind"], f"{score['questions']:,}", *scores, change])
-        header = ["task", "kind", "questions", "original", "converted", "difference (and its standard error)"]
-        text += f"\n\nAccuracy in percent, {cache(first)}, {stage(first, conversions)}:\n\n{table(header, rows)}"
-    return text
+    return f"Ratios to the original's perplexity ({perplexities}), {tokens}:\n\n{table(header, rows)}"
+
+
+def tasks(result: dict[str, Any]) -> str:
+    """What the first conversion of a real model costs by each task."""
+    first, *_ = conversions = result["conversions"]
+    rows = []
+    for task, score in first["tasks"].items():
+        change = f"{100 * (score['converted'] - score['source']):+.2f} (+- {percent(score['error'])})"
+        scores = (percent(score[side]) for side in ("source", "converted"))
+        rows.append([task, score["kind"], f"{score['questions']:,}", *scores, change])
+    if not rows:
+        return "not measured yet"
+    header = ["task", "kind", "questions", "original", "converted", "difference (and its standard error)"]
+    return f"Accuracy in percent, {cache(first)}, {stage(first, conversions)}, {result['device']}:\n\n{table(header, rows)}"
 
 
 def training(result: dict[str, Any]) -> str:
@@ -170,25 +175,31 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode_kernel": decode_kernel,
     "native_model": native_model,
     "real_model": real_model,
+    "tasks": tasks,
     "training": training,
     "whole_model": whole_model,
 }
 
 
+FILES = {"tasks": "real_model"}  # where it is not the block's name
+
+
 def with_figures(text: str, results: Path) -> str:
-    """README.md as it should be.
+    """A page as it should be.
 
     Args:
-        text: README.md as it is.
+        text: the page as it is.
         results: the folder of the JSON files.
 
     Returns:
-        The text with all blocks written anew.
+        The text with all blocks of this script written anew.
     """
 
     def write(block: re.Match[str]) -> str:
         begin, name, end = block.groups()
-        file = results / f"{name}.json"
+        if name not in BLOCKS:
+            return block[0]
+        file = results / f"{FILES.get(name, name)}.json"
         figures = BLOCKS[name](json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else "not measured yet"
         return f"{begin}{figures}\n{end}"
 
@@ -196,4 +207,5 @@ def with_figures(text: str, results: Path) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_figures(README.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        page.write_text(with_figures(page.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The figures in README.md and the pictures in docs/ are those of the result files, and of nothing else."""
+"""The figures and the pictures in docs/ are those of the result files, and of nothing else."""
 
 import json
 import re
@@ -6,11 +6,13 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+import hf_mla
 
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPT = runpy.run_path(str(BENCHMARKS / "readme.py"))
-README = SCRIPT["README"].read_text(encoding="utf-8")
+SCRIPT = runpy.run_path(str(BENCHMARKS / "pages.py"))
 MACHINE = {"device": "Some GPU", "torch": "1.2", "transformers": "3.4"}
 KERNEL_ROWS = [
     {
@@ -74,17 +76,23 @@ FRONTIER = [
 def figures(folder, name, result):
     """What a block becomes when its result file holds `result`, or is not there."""
     if result is not None:
-        (folder / f"{name}.json").write_text(json.dumps(result))
-    before = f"before\n<!-- figures: {name} -->\n| old |\n<!-- end figures -->\nafter"
+        (folder / f"{SCRIPT['FILES'].get(name, name)}.json").write_text(json.dumps(result))
+    others = "<!-- figures: another_script's -->\n| old |\n<!-- end figures -->"
+    before = f"before\n<!-- figures: {name} -->\n| old |\n<!-- end figures -->\nafter\n{others}"
     after = SCRIPT["with_figures"](before, folder)
     assert SCRIPT["with_figures"](after, folder) == after
-    return re.fullmatch(rf"before\n<!-- figures: {name} -->\n(.*)\n<!-- end figures -->\nafter", after, re.DOTALL)[1]
+    wanted = rf"before\n<!-- figures: {name} -->\n(.*)\n<!-- end figures -->\nafter\n{re.escape(others)}"
+    return re.fullmatch(wanted, after, re.DOTALL)[1]
 
 
-def test_readme_is_what_the_script_writes():
-    assert SCRIPT["with_figures"](README, SCRIPT["RESULTS"]) == README, "run python benchmarks/readme.py"
-    assert set(re.findall(r"<!-- figures: (\w+) -->", README)) == set(SCRIPT["BLOCKS"])
-    assert README.count("<!-- end figures -->") == len(SCRIPT["BLOCKS"])
+def test_the_pages_are_what_the_script_writes():
+    blocks = []
+    for page in SCRIPT["DOCS"].glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert SCRIPT["with_figures"](text, SCRIPT["RESULTS"]) == text, "run python benchmarks/pages.py"
+        assert text.count("<!-- figures: ") == text.count("<!-- end figures -->")
+        blocks += re.findall(r"<!-- figures: (\w+) -->", text)
+    assert [blocks.count(name) for name in SCRIPT["BLOCKS"]] == [1] * len(SCRIPT["BLOCKS"])
 
 
 @pytest.mark.parametrize("name", SCRIPT["BLOCKS"])
@@ -129,8 +137,9 @@ def test_real_model(tmp_path):
     means = {"source": 0.5, "converted": 0.49756, "error": 0.0031}
     healed = conversion(88, 10_000_000, ratios=(1.04, 1.28, 1.0996, 1.05), tasks=TASKS, task_means=means, layers=LAYERS)
     others = [conversion(88, 10_000_000, seed=1, ratios=(1.041,)), conversion(88, ratios=(1.1, 1.6)), conversion(160, seconds=None)]
-    text = figures(tmp_path, "real_model", {"device": "Some GPU", "conversions": [healed, *others]})
-    about, _, head, _, *rows, _, title, _, header, _, task = text.splitlines()
+    result = {"device": "Some GPU", "conversions": [healed, *others]}
+    about, _, head, _, *rows = figures(tmp_path, "real_model", result).splitlines()
+    title, _, header, _, task = figures(tmp_path, "tasks", result).splitlines()
     originals = ", ".join(f"{name} 37.27" for name in ("books", "wikitext-2", "own text", "books, 8,192"))
     assert about == f"Ratios to the original's perplexity ({originals}), 32,768 tokens each, Some GPU:"
     assert {line.count("|") for line in (head, *rows)} == {11} and header.count("|") == task.count("|")
@@ -141,10 +150,9 @@ def test_real_model(tmp_path):
         "50.00 -> 49.76 (+- 0.31) | 412 |",
         "| 88 + 32 of 384 | -68.75 % | + 10 M tokens, seed 1 | x 1.041 | - | - | - | - | - | 412 |",
     ]
-    assert title == "Accuracy in percent, 88 + 32, + 10 M tokens, seed 0:"
+    assert title == "Accuracy in percent, 88 + 32, + 10 M tokens, seed 0, Some GPU:"
     assert task == "| boolq | rc_5shot | 3,270 | 60.00 | 59.11 | -0.89 (+- 0.61) |"
-    plain = figures(tmp_path, "real_model", {"device": "Some GPU", "conversions": [others[1]]})
-    assert plain.splitlines()[-1].startswith("| 88 + 32 of 384 | -68.75 % | layers alone |"), "no tasks, no table of tasks"
+    assert figures(tmp_path, "tasks", {"device": "Some GPU", "conversions": [others[1]]}) == "not measured yet"
 
 
 @pytest.fixture
@@ -152,6 +160,13 @@ def pictures(monkeypatch):
     """The script that draws, by its names."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     return runpy.run_path(str(BENCHMARKS / "pictures.py"))
+
+
+@pytest.fixture
+def drawings(monkeypatch):
+    """The script that draws how it works."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return runpy.run_path(str(BENCHMARKS / "drawings.py"))
 
 
 def drawn(axes):
@@ -190,6 +205,17 @@ def test_picture_of_native_models(pictures):
     assert pictures["native_model"]({"rows": rows[:2]}) is None
 
 
+def test_picture_of_decoding(pictures):
+    sides = {"decode_ms_per_token": {"source": 4.0, "converted": 2.5}, "cache_bytes": {"source": 2**31, "converted": 2**29}}
+    rows = [{"context": 2048, **sides}, {"context": 8192, **sides, "decode_ms_per_token": {"source": 12.0, "converted": 2.75}}]
+    result = {"contexts": rows, "batch": 16, "dtype": "bfloat16", **MACHINE}
+    figure = pictures["decoding"](result)
+    held, time = figure.axes
+    assert drawn(held) == {"original": [(2048, 2), (8192, 2)], "converted": [(2048, 0.5), (8192, 0.5)]}
+    assert drawn(time) == {"original": [(2048, 4), (8192, 12)], "converted": [(2048, 2.5), (8192, 2.75)]}
+    assert "Some GPU" in figure.get_supxlabel() and {text.get_text() for text in time.texts} == {"12", "2.75"}
+
+
 def test_pictures_are_of_what_there_is(pictures, tmp_path):
     closed = [layer | {"error_reconstructed": None, "steps_kept": 0} for layer in LAYERS]
     result = {"conversions": [conversion(88, layers=closed)]}
@@ -202,3 +228,33 @@ def test_pictures_are_of_what_there_is(pictures, tmp_path):
     assert file.name == "layer_errors.svg" and b"</svg>" in before
     pictures["draw_all"](tmp_path, tmp_path / "docs")
     assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["latent", "absorption"])
+def test_shapes_in_drawings(drawings, name):
+    """Those of the module, of a Llama-3-8B at 512 + 64."""
+    shape = {"hidden_size": 4096, "num_attention_heads": 32, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    config = hf_mla.LlamaMLAConfig(**shape, qk_nope_head_dim=128, v_head_dim=128)
+    with torch.device("meta"):
+        module = hf_mla.MLAAttention(config, 0)
+    words = {text.get_text().replace("\n", " ") for text in drawings[name]().axes[0].texts}
+    assert "kv_b_proj [32 x (128 + 128), 512]" in words and module.kv_b_proj.weight.shape == (32 * (128 + 128), 512)
+    if name == "latent":
+        assert "kv_a_proj_with_mqa [512 + 64, 4,096]" in words and module.kv_a_proj_with_mqa.weight.shape == (512 + 64, 4096)
+
+
+def test_the_drawn_shares_of_energy(drawings):
+    keys, moment = torch.randn(3 * 32, 48, dtype=torch.float64), torch.eye(48, dtype=torch.float64)
+    alone, real, mixed = drawings["shares"](keys, moment, 3).values()
+    assert (alone < real).all() and (real < mixed).all() and (mixed < 1).all()
+    pairs = torch.complex(*torch.randn(2, 1, 8, 1, 48, dtype=torch.float64)).expand(3, 8, 2, 48)  # of a group, all the same but
+    turned = (pairs * torch.polar(*torch.rand(2, 3, 8, 2, 1, dtype=torch.float64).mul(3).unbind(0))).flatten(1, 2)
+    alone, real, mixed = drawings["shares"](torch.cat([turned.real, turned.imag], dim=1).flatten(0, 1), moment, 3).values()
+    assert (alone < 0.9).all() and (real < 0.999).all()
+    torch.testing.assert_close(mixed, torch.ones_like(mixed))
+
+
+def test_the_concentration_is_drawn(drawings):
+    energy, bars = drawings["rotary"]().axes[:2]
+    assert energy.images[0].get_array().shape == (3, 16)
+    assert len(bars.patches) == 3 * 8 and all(0 < bar.get_height() <= 100 for bar in bars.patches)
