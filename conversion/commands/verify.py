@@ -81,7 +81,7 @@ def verify(
         What was measured.
 
     Raises:
-        UserError: a checkpoint or the text cannot be used, or the tokenizers differ.
+        UserError: a checkpoint or the text cannot be used, the tokenizers differ, or the page cannot be written.
     """
     command = command_line(verify, locals())  # before there are others
     if html is not None:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model finds numbers again in long text, and does short tasks by example; the questions and how they are scored.
-And what it answers to ten prompts, which nobody scores.
+"""What models answer: numbers to be found again in long text, short tasks by example, how these are scored, and ten open prompts.
 
 * Every prompt ends where the answer's line breaks off ("The special magic number for river is"): in a chat the model's turn has
   begun with that. So models without a chat template, and very small ones, are asked the same: SmolLM2-135M-Instruct finds 12 of 20
