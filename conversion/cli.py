@@ -195,6 +195,9 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--needle-lengths", type=int, nargs="+", metavar="N", help="in texts of so many tokens (up to the model's context)"
     )
+    verify.add_argument(
+        "--html", metavar="FILE", help="also write a page: tables, pictures, ten answers of both models side by side"
+    )
     add_device(verify)
     add_revision(verify)
     add_trust(verify)

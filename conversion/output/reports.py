@@ -211,6 +211,15 @@ class RecallReport:
 
 
 @dataclass(frozen=True)
+class AnswerReport:
+    """What both models went on with after a prompt, greedily."""
+
+    prompt: str
+    source: str
+    converted: str
+
+
+@dataclass(frozen=True)
 class VerifyReport(ContextReport):
     """The result of `verify`; the field names are the JSON keys. What it inherits is of the shortest sequences."""
 
@@ -226,6 +235,8 @@ class VerifyReport(ContextReport):
     """What both models computed and cached in."""
     needle: RecallReport | None = None
     """Only where it was asked for."""
+    answers: list[AnswerReport] = field(default_factory=list)
+    """Only where a page was asked for."""
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,15 @@ def verify_table(result: Any) -> str:
         "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
         "verdict": result.verdict,
     }
-    return rows(lines) + (f"\n\n{recall_table(result.needle)}" if result.needle else "")
+    if result.needle is None:
+        return rows(lines)
+    answered = [line for table in recall_cells(result.needle) for line in table]
+    table = "\n".join(f"{line[0]:<24}" + "".join(f"{cell:>16}" for cell in line[1:]).rstrip() for line in answered)
+    return f"{rows(lines)}\n\n{table}"
 
 
-def recall_table(result: Any) -> str:
-    """What both models answered for people: a line for each length of text and a column for each depth, then the tasks."""
+def recall_cells(result: Any) -> tuple[list[list[str]], list[list[str]]]:
+    """What both models answered: a line for each length of text and a column for each depth, and the tasks; each with its head."""
 
     def sides(accuracy: Any) -> str:
         return f"{100 * accuracy.source:.0f} -> {100 * accuracy.converted:.0f} %"
@@ -129,9 +133,9 @@ def recall_table(result: Any) -> str:
     depths = list(dict.fromkeys(each.depth for each in result.needles))
     lines = [["numbers found at depth", *(f"{depth:.0%}" for depth in depths)]]
     lines += [[name, *(sides(each.accuracy) for each in some)] for name, some in cells.items()]
-    lines += [["short tasks", *(each.task for each in result.tasks)]]
-    lines += [["answered exactly", *(sides(each.accuracy) for each in result.tasks)]]
-    return "\n".join(f"{line[0]:<24}" + "".join(f"{cell:>16}" for cell in line[1:]).rstrip() for line in lines)
+    tasks = [["short tasks", *(each.task for each in result.tasks)]]
+    tasks += [["answered exactly", *(sides(each.accuracy) for each in result.tasks)]]
+    return lines, tasks
 
 
 def heal_table(result: Any) -> str:
