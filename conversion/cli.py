@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interruptions():
             return run(options, as_json)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         what = "go on" if command in ("convert", "heal") else "start again"
-        words = [word for word in arguments if word != "--restart"]
+        words = [word for word in arguments if word not in ("--restart", *interruption.args)]
         print(f"hf-mla: interrupted; to {what}: {shlex.join(['hf-mla', *words])}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hf-mla info ... | head`
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted conversion has done")
     convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
     add_trust(convert)
-    convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
+    convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub, to a private repository if it is new")
 
     verify = command("verify", run_verify, "measure a converted model against its source")
     verify.add_argument("out", metavar="OUT", help="converted checkpoint")

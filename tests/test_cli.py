@@ -261,21 +261,6 @@ def test_options_from_a_file(tmp_path, capsys, monkeypatch):
     assert "cannot be read" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--config", tmp_path / "none.yaml")
 
 
-def test_upload(tmp_path, monkeypatch, small):
-    calls = []
-
-    class Api:
-        def create_repo(self, repository, **options):
-            calls.append(("create", repository, options))
-
-        def upload_folder(self, **options):
-            calls.append(("upload", options["repo_id"], Path(options["folder_path"]).name))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    convert(small, str(tmp_path / "out"), **SMALL, push_to="me/mine")
-    assert calls == [("create", "me/mine", {"private": True, "exist_ok": True}), ("upload", "me/mine", "out")]
-
-
 def truncate(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])

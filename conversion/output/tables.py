@@ -75,9 +75,12 @@ def convert_table(result: Any) -> str:
         "on each text": "; ".join(f"{text.name} x {text.perplexity_ratio:.4f}" for text in result.texts),
         "time": f"{result.seconds:.0f} s",
         "output": result.output,
+        "on the Hub": result.repository,
     }
     if len(result.texts) < 2:
         del summary["on each text"]
+    if result.repository is None:
+        del summary["on the Hub"]
     tables = [plan_table(result) + "\n" + rows(summary)]
     if result.frontier:
         tables.append(frontier_table(result))
