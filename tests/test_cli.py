@@ -208,7 +208,7 @@ def test_hub_id_from_the_local_cache(tmp_path, monkeypatch, capsys):
     code, out, errors = run(capsys, "plan", "org/name", "--json")
     assert (code, errors) == (0, [])
     assert json.loads(out)["kv_ratio"] == 0.3125
-    assert "neither a folder here nor in the local Hub cache" in refuses(capsys, "plan", "org/other")
+    assert "neither a folder here nor whole in the local Hub cache" in refuses(capsys, "plan", "org/other")
 
 
 @pytest.mark.parametrize("words", [["-v", "plan", "none"], ["plan", "none", "-v"], ["--verbose", "plan", "none", "-v"]])
