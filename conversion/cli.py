@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--heal-tokens",
         type=int,
         metavar="N",
-        help="then train the whole model on so many (16000000 on a GPU with room for it, else 0)",
+        help="then train the whole model on so many (20000000 on a GPU with room for it, else 0)",
     )
     add_device(convert)
     add_dtype(convert)
