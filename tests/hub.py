@@ -42,6 +42,7 @@ class Hub:
     repositories: dict = field(default_factory=dict)
     stored: dict = field(default_factory=dict)  # large files by SHA-256
     received: list = field(default_factory=list)  # SHA-256 of those that came whole, and once more if they came again
+    came: threading.Event = field(default_factory=threading.Event)  # set when one has
     xet: str = ""  # the folder that stands for Xet's store
     xet_hashes: dict = field(default_factory=dict)  # of its files, by SHA-256
     half_way: object = (
@@ -100,9 +101,10 @@ class Handler(BaseHTTPRequestHandler):
         """A repository, if this request may have it: to write, to read its files, or only to know of it. Else it is refused."""
         found = self.hub.repositories.get(name)
         owner = self.token == TOKEN and name.startswith(f"{OWNER}/")
-        if found is None or (found.private and not owner):
-            known = self.token in (TOKEN, OTHER)
-            self.refuse(*(404, "Repository not found") if known else (401, "Invalid username or password."), "RepoNotFound")
+        if self.token not in (TOKEN, OTHER, ""):
+            self.refuse(401, "Invalid credentials in Authorization header")
+        elif found is None or (found.private and not owner):
+            self.refuse(*(404, "Repository not found") if self.token else (401, "Invalid username or password."), "RepoNotFound")
         elif files and found.gated and not owner:
             self.refuse(403 if self.token else 401, f"Access to model {name} is restricted.", "GatedRepo")
         elif write and not owner:
@@ -184,6 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         assert hashlib.sha256(data).hexdigest() == sha
         self.hub.stored[sha] = data
         self.hub.received.append(sha)
+        self.hub.came.set()
         self.answer(200)
 
     def commit(self, name, _revision):

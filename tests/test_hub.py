@@ -148,8 +148,7 @@ def test_the_same_command_goes_on_with_an_upload_that_was_cut_short(hub, tmp_pat
     def half_way(sha, size):
         if size < 1 << 20:
             return False
-        while not hub.received:  # the picture is to be there, and half of the weights
-            time.sleep(0.01)
+        assert hub.came.wait(60)  # the picture is to be there, and half of the weights
         weights.append(sha)
         if how == "killed":
             process.kill()
@@ -218,6 +217,7 @@ REFUSED = {  # the model, a token, and what is said of the model
     "gated, to another": ("gated", OTHER, "it is gated, and the account of this token has no access; ask for it on URL/org/gated"),
     "private": ("private", "", "there is no such model, or it is private; check the name, or " + IN),
     "private, to another": ("private", OTHER, "there is no such model, or it is private; check the name"),
+    "unknown token": ("tiny", "hf_made_up", "it does not know this token; " + IN),
     "none": ("none", "", "there is no such model, or it is private; check the name, or " + IN),
     "no revision": ("tiny --revision v9", "", "it has no such revision; check --revision"),
 }
@@ -249,7 +249,7 @@ def test_offline(hub, monkeypatch, capsys, command):
 
 PUSHES = {  # a token, where to, and what is said of that
     "no token": ("", "me/mine", "there is no token for the Hub; " + IN + " to one that may write"),
-    "unknown token": ("hf_made_up", "me/mine", "the Hub does not know this token; " + IN),
+    "unknown token": ("hf_made_up", "me/mine", "it does not know this token; " + IN),
     "another's place": (OTHER, "me/mine", "this token may not write there; use one that may"),
     "no name": (TOKEN, "a/b/c", "Repo id must be in the form 'repo_name' or 'namespace/repo_name': 'a/b/c'."),
     "offline": (TOKEN, "me/mine", "HF_HUB_OFFLINE is set, and keeps everything from the Hub; unset it"),

@@ -40,9 +40,9 @@ def make_repository(repository: str) -> str:
     try:
         return HfApi().create_repo(repository, private=True, exist_ok=True).repo_id
     except Exception as error:  # of the HTTP library's too, which depends on the version of the Hub's
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-        refused = {401: f"the Hub does not know this token; {LOG_IN}", 403: "this token may not write there; use one that may"}
-        raise UserError(f"--push-to {repository}: {refused.get(status) or hub_says(error, repository)}") from None
+        forbidden = isinstance(error, HfHubHTTPError) and error.response.status_code == 403
+        said = "this token may not write there; use one that may" if forbidden else hub_says(error, repository)
+        raise UserError(f"--push-to {repository}: {said}") from None
 
 
 def push(folder: Path, repository: str) -> None:
@@ -76,7 +76,8 @@ def converted_before(out: str, asked: dict[str, Any]) -> ConvertReport | None:
     """
     path = user_path(out)
     record = read_record(path)
-    if record.get("recipe", {}).get("asked") != json.loads(json.dumps(asked)) or not (path / MARK).is_file():
+    changed = "healing" in record or "export" in record or not (path / MARK).is_file()
+    if changed or record.get("recipe", {}).get("asked") != json.loads(json.dumps(asked)):
         return None
     logger.warning("%s was converted by this command before: it is uploaded as it is", out)
     return from_json(ConvertReport, record["report"])

@@ -37,6 +37,8 @@ def hub_says(error: Exception, name: str) -> str:
         return "there is no such model, or it is private; check the name" + ("" if get_token() else f", or {LOG_IN}")
     if isinstance(error, RevisionNotFoundError):
         return "it has no such revision; check --revision"
+    if isinstance(error, HfHubHTTPError) and error.response.status_code == 401:
+        return f"it does not know this token; {LOG_IN}"
     if isinstance(error, (HfHubHTTPError, ValueError)):
         return brief(error)
     return f"it cannot be reached ({brief(error) or type(error).__name__})"
