@@ -191,7 +191,9 @@ def licence(source: Checkpoint) -> dict[str, Any]:
     except yaml.YAMLError:
         logger.warning("the metadata in %s/README.md are not YAML: the licence is not carried over", source.name)
         said = {}
-    return {key: said[key] for key in ("license", "license_name", "license_link") if key in said} if isinstance(said, dict) else {}
+    return (
+        {key: said[key] for key in ("license", "license_name", "license_link") if said.get(key)} if isinstance(said, dict) else {}
+    )
 
 
 HEALING = """## Healing
