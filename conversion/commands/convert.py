@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from ..mathematics.measures import Comparison
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
 from ..output.progress import earlier_recipe, size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.pushing import converted_before, make_repository, push
 from ..output.reports import Candidate, Closeness, ConvertReport, FrontierPoint, HealReport, PlanReport
-from ..output.writing import check_carried, check_repository, upload, write_model, write_record
-from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint
+from ..output.writing import check_carried, write_model, write_record
+from ..source.checkpoint import DTYPES, ITEMSIZE, Checkpoint, open_checkpoint, user_path
 from ..source.families import refusal
 from ..source.loading import choose_device, compute_dtype, free_memory, launched_processes, load_model
 from ..source.matching import ModelCheckpoint, match_model
@@ -114,7 +116,8 @@ def convert(
         revision: branch, tag or commit of a Hub id.
         restart: forget what an interrupted conversion to the same folder has done.
         overwrite: replace the output folder.
-        push_to: a Hub repository to upload the result to.
+        push_to: a Hub repository to upload the result to; made, private, if it does not exist. When the upload was cut short, the
+            same call goes on with it.
         trust_remote_code: run the code that the source's tokenizer comes with, if it does.
 
     Returns:
@@ -123,6 +126,7 @@ def convert(
     Raises:
         UserError: something in the arguments or the source does not allow it.
     """
+    asked = {name: value for name, value in locals().items() if name not in ("out", "restart", "overwrite")}
     started = time.perf_counter()
     if steps is not None and steps < 0:
         raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
@@ -137,6 +141,11 @@ def convert(
     assert planned.bytes_written is not None and checkpoint.folder is not None
     run_device = choose_device(device)
     processes = launched_processes(run_device)
+    if push_to is not None and not restart and not overwrite and (report := converted_before(out, asked)) is not None:
+        if not processes.is_main_process:
+            return replace(report, perplexity=None)  # the main one's to tell
+        push(user_path(out).resolve(), make_repository(push_to))
+        return report
     tokens = SCALES[run_device.type].calibration if calibration_tokens is None else calibration_tokens
     context = checkpoint.config.max_position_embeddings
     window = min(SCALES[run_device.type].window, context) if window is None else window
@@ -169,8 +178,7 @@ def convert(
     if max_ratio is not None:
         room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
-    if push_to is not None and processes.is_main_process:
-        check_repository(push_to)
+    repository = make_repository(push_to) if push_to is not None and processes.is_main_process else None
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
     read = max(share, heal_tokens // len(names))
@@ -216,7 +224,7 @@ def convert(
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
-        recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
+        recipe |= {"max_ratio": max_ratio, "asked": asked}  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer))
         candidates = job.prepare(sizes, processes)
         main = processes.is_main_process
@@ -249,6 +257,7 @@ def convert(
             frontier=frontier,
             layers=layers,
             output=str(path),
+            repository=repository,
         )
         if main:
             output = folder / "output"
@@ -257,8 +266,8 @@ def convert(
             write_record(output, checkpoint, config, report, recipe, spectra)
             if keep_own_text:
                 write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), output / "own_text.jsonl")
-    if push_to is not None and processes.is_main_process:
-        upload(path, push_to)
+    if repository is not None:
+        push(path, repository)
     return report
 
 

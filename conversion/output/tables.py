@@ -56,7 +56,9 @@ def convert_table(result: Any) -> str:
     summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
     if result.candidates:
         tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
-        summary["sizes tried"] = f"{tried} (held-back error of the attention output; the widest rotary key within 3 % of the least)"
+        summary["sizes tried"] = (
+            f"{tried} (held-back error of the attention output; the widest rotary key of those with nearly the least is taken)"
+        )
     summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
     if result.steps:
         summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
@@ -75,9 +77,12 @@ def convert_table(result: Any) -> str:
         "on each text": "; ".join(f"{text.name} x {text.perplexity_ratio:.4f}" for text in result.texts),
         "time": f"{result.seconds:.0f} s",
         "output": result.output,
+        "on the Hub": result.repository,
     }
     if len(result.texts) < 2:
         del summary["on each text"]
+    if result.repository is None:
+        del summary["on the Hub"]
     tables = [plan_table(result) + "\n" + rows(summary)]
     if result.frontier:
         tables.append(frontier_table(result))
