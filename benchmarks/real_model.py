@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_mla_conversion.commands.verify import compare_at
+from hf_mla_conversion.mathematics.recall import PROMPTS, answers, open_questions
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.own_text import write_text
@@ -37,18 +38,6 @@ TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbo
 PLAIN = ("winogrande", "boolq")  # scored without regard to length
 WITHOUT_QUESTION = 1_000_000  # from this number on, the files have the choices alone, for other scores
 OWN_SEED = 1 << 31  # conversions use small ones
-PROMPTS = (
-    "What is the capital of France?",
-    "Write a short poem about the sea.",
-    "Explain photosynthesis to a child.",
-    "Give me three tips for sleeping better.",
-    "Translate to French: The book is on the table.",
-    "What is 17 plus 25?",
-    "Write a Python function that reverses a string.",
-    "Who wrote Romeo and Juliet, and what is it about?",
-    "Suggest a name for a bakery and say why.",
-    "Summarize in one sentence: The meeting was moved to Friday because the manager is ill.",
-)
 
 
 def questions(folder: Path, task: str, limit: int | None) -> tuple[str, list[list[dict]]]:
@@ -109,17 +98,6 @@ def accuracy(model: Any, tokenizer: Any, asked: list[list[dict]], by_length: boo
     return torch.tensor(right)
 
 
-@torch.inference_mode()
-def answers(model: Any, tokenizer: Any) -> list[str]:
-    """Greedy answers to the prompts."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    texts = [tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in chats]
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    inputs = tokenizer(texts, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
-    return [text.strip() for text in tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
-
-
 def measure(options: argparse.Namespace) -> None:
     """Compare all conversions with the original; what is measured is written and printed as it comes."""
     checkpoint = open_checkpoint(options.model)
@@ -132,7 +110,8 @@ def measure(options: argparse.Namespace) -> None:
     texts["own text"] = write_text(source, tokenizer, options.tokens // 1024, 1024, OWN_SEED)
     tasks = {task: questions(Path(options.tasks), task, options.limit) for task in TASKS} if options.tasks else {}
     before = {task: accuracy(source, tokenizer, asked, task not in PLAIN) for task, (_, asked) in tasks.items()}
-    said = answers(source, tokenizer) if tokenizer.chat_template else []
+    prompts = open_questions(tokenizer)
+    said = answers(source, tokenizer, prompts) if tokenizer.chat_template else []
     device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU"
     results: dict[str, Any] = {"model": Path(options.model).name, "device": device, "conversions": []}
     for folder in map(Path, options.converted):
@@ -182,7 +161,7 @@ def measure(options: argparse.Namespace) -> None:
         if said:
             lines = [
                 f"**{prompt}**\n\nOriginal: {first}\n\nConverted: {second}\n"
-                for prompt, first, second in zip(PROMPTS, said, answers(converted, tokenizer), strict=True)
+                for prompt, first, second in zip(PROMPTS, said, answers(converted, tokenizer, prompts), strict=True)
             ]
             page = Path(options.out).with_suffix(f".{folder.name}.md")
             page.write_text(f"# Greedy answers: the original, and {folder.name}\n\n" + "\n".join(lines), encoding="utf-8")

@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with interruptions():
             return run(options, as_json)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         what = "go on" if command in ("convert", "heal") else "start again"
-        words = [word for word in arguments if word != "--restart"]
+        words = [word for word in arguments if word not in ("--restart", *interruption.args)]
         print(f"hf-mla: interrupted; to {what}: {shlex.join(['hf-mla', *words])}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `hf-mla info ... | head`
@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--heal-tokens",
         type=int,
         metavar="N",
-        help="then train the whole model on so many (16000000 on a GPU with room for it, else 0)",
+        help="then train the whole model on so many (20000000 on a GPU with room for it, else 0)",
     )
     add_device(convert)
     add_dtype(convert)
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--restart", action="store_true", default=None, help="forget what an interrupted conversion has done")
     convert.add_argument("--overwrite", action="store_true", default=None, help="replace the checkpoint at OUT")
     add_trust(convert)
-    convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub")
+    convert.add_argument("--push-to", metavar="REPO", help="upload the result to the Hub, to a private repository if it is new")
 
     verify = command("verify", run_verify, "measure a converted model against its source")
     verify.add_argument("out", metavar="OUT", help="converted checkpoint")
@@ -194,6 +194,9 @@ def parser() -> argparse.ArgumentParser:
     )
     verify.add_argument(
         "--needle-lengths", type=int, nargs="+", metavar="N", help="in texts of so many tokens (up to the model's context)"
+    )
+    verify.add_argument(
+        "--html", metavar="FILE", help="also write a page: tables, pictures, ten answers of both models side by side"
     )
     add_device(verify)
     add_revision(verify)

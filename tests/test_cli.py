@@ -209,7 +209,7 @@ def test_hub_id_from_the_local_cache(tmp_path, monkeypatch, capsys):
     code, out, errors = run(capsys, "plan", "org/name", "--json")
     assert (code, errors) == (0, [])
     assert json.loads(out)["kv_ratio"] == 0.3125
-    assert "neither a folder here nor in the local Hub cache" in refuses(capsys, "plan", "org/other")
+    assert "neither a folder here nor whole in the local Hub cache" in refuses(capsys, "plan", "org/other")
 
 
 @pytest.mark.parametrize("words", [["-v", "plan", "none"], ["plan", "none", "-v"], ["--verbose", "plan", "none", "-v"]])
@@ -260,21 +260,6 @@ def test_options_from_a_file(tmp_path, capsys, monkeypatch):
     (tmp_path / "options.yaml").write_text("kv_bugdet: 0.5\n")
     assert "unrecognized arguments: --kv-bugdet=0.5" in refuses(capsys, *words)
     assert "cannot be read" in refuses(capsys, "convert", MODEL, tmp_path / "o", "--config", tmp_path / "none.yaml")
-
-
-def test_upload(tmp_path, monkeypatch, small):
-    calls = []
-
-    class Api:
-        def create_repo(self, repository, **options):
-            calls.append(("create", repository, options))
-
-        def upload_folder(self, **options):
-            calls.append(("upload", options["repo_id"], Path(options["folder_path"]).name))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    convert(small, str(tmp_path / "out"), **SMALL, push_to="me/mine")
-    assert calls == [("create", "me/mine", {"private": True, "exist_ok": True}), ("upload", "me/mine", "out")]
 
 
 def truncate(folder):

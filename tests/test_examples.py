@@ -1,9 +1,13 @@
 """Every example runs from the command line as its docstring says, and does what it is there to show."""
 
+import contextlib
+import io
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
+from conftest import run_apart
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -76,3 +81,49 @@ def test_accelerate_takes_the_configuration(name):
     if config.distributed_type == DistributedType.FSDP:  # DeepSpeed's needs DeepSpeed
         settings = {key if key == "fsdp_version" else key.removeprefix("fsdp_"): value for key, value in options.items()}
         assert FullyShardedDataParallelPlugin(**settings).fsdp_version == 2
+
+
+def code_cells():
+    """Of each cell with code in the notebook: the code, what it has printed, and how many pictures it has drawn."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            kinds = [output["output_type"] for output in cell["outputs"]]
+            assert {*kinds} <= {"stream", "display_data"}  # no errors
+            pictures = [output["data"]["image/png"] for output in cell["outputs"] if "data" in output]
+            printed = "".join("".join(output["text"]) for output in cell["outputs"] if output.get("name") == "stdout")
+            yield "".join(cell["source"]), printed, len(pictures)
+
+
+def run_notebook(results):
+    """Run the cells in one namespace, as a kernel does, and write what each printed and drew."""
+    import matplotlib.pyplot as plt
+
+    plt.switch_backend("agg")
+    tempfile.tempdir = str(results.parent)
+    done, namespace = [], {"__name__": "__main__"}
+    for source, _, _ in code_cells():
+        pictures, printed = [], io.StringIO()
+        plt.show = lambda drawn=pictures: (drawn.extend(plt.get_fignums()), plt.close("all"))
+        with contextlib.redirect_stdout(printed):
+            exec(source, namespace)
+        done.append((printed.getvalue(), len(pictures)))
+    results.write_text(json.dumps(done), encoding="utf-8")
+
+
+def test_quickstart_notebook(tmp_path):
+    """It runs, and what stands in it is what came of it: to the words, not to numbers and texts, which are the machine's."""
+    code, log = run_apart(tmp_path / "log", run_notebook, tmp_path / "results.json")
+    assert code == 0, log
+
+    def words(printed):
+        return [re.sub(r"\d[\d,.]*", "#", " ".join(line.split()[:4])) for line in printed.splitlines()]
+
+    done = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [(words(printed), pictures) for printed, pictures in done] == [(words(text), count) for _, text, count in code_cells()]
+    for outputs in ([printed for printed, _ in done], [text for _, text, _ in code_cells()]):
+        text = "".join(outputs)
+        assert "192 -> 60 numbers per token and layer" in text and "69% less cache" in text
+        assert "142,848 bytes for 31 tokens" in text and "44,640 bytes for 31 tokens" in text
+        assert "lighthouse is that the keeper paints the moon on the window every night." in text  # which it learnt
+        assert float(re.search(r"DeepseekV3ForCausalLM, .* logits (\S+)", text)[1]) < 1e-3

@@ -177,7 +177,7 @@ def test_pre_tokenizers_have_llamacpps_names(name):
 def test_tokens_have_their_types_and_meanings(tmp_path, tokenizer):
     folder, model = make(tmp_path / "mla", tokenizer, eos_token_id=1)
     (tmp_path / "mla" / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 5]}))
-    (tmp_path / "mla" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    (tmp_path / "mla" / "README.md").write_text("---\nlicense:\n- apache-2.0\nlicense_link: LICENSE\n---\n")
     changed = AutoTokenizer.from_pretrained(folder)
     changed.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
     ends = processors.TemplateProcessing(single="<|bos|> $A <|eos|>", special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)])
@@ -185,7 +185,7 @@ def test_tokens_have_their_types_and_meanings(tmp_path, tokenizer):
     changed.save_pretrained(folder)
     export(folder, str(tmp_path / "m.gguf"), format="gguf")
     header, _, _ = read(tmp_path / "m.gguf")
-    assert (header["general.name"], header["general.license"]) == ("m", "apache-2.0")
+    assert (header["general.name"], header["general.license"], header["general.license.link"]) == ("m", "apache-2.0", "LICENSE")
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in header.items() if key.startswith("tokenizer.")}
     assert (own["model"], own["pre"]) == ("gpt2", "llama-bpe")
     ids = [own[f"{role}_token_id"] for role in ("bos", "eos", "padding", "eot", "eom")]

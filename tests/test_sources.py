@@ -290,7 +290,11 @@ def test_plan_from_headers_on_the_hub(tmp_path, monkeypatch, name):
     headers = SimpleNamespace(files_metadata={file.name: header(file) for file in source.glob("*.safetensors")})
     monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", lambda *_, **__: headers)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda _, file, **__: str(source / file))
-    monkeypatch.setattr("huggingface_hub.file_exists", lambda _, file, **__: (source / file).exists())
+
+    def listed(*_arguments, **_options):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file.name) for file in source.iterdir()])
+
+    monkeypatch.setattr("huggingface_hub.model_info", listed)
     assert plan("org/name") == plan(str(source))
     adapter(source)
     with pytest.raises(UserError, match="org/name is an adapter"):

@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import hf_mla
@@ -153,3 +154,13 @@ def test_version_is_the_packages():
     from importlib.metadata import version
 
     assert version("hf-mla") == hf_mla.__version__
+
+
+def test_the_version_stands_once():
+    root, stated = CONVERTER.parent, f'"{hf_mla.__version__}"'
+    places = [path.name for path in (*SOURCES, root / "pyproject.toml", root / "Makefile") if stated in path.read_text()]
+    assert places == ["configuration_mla.py"] and (RUNTIME / places[0]).read_text().count(stated) == 1
+    citation = yaml.safe_load((root / "CITATION.cff").read_text())
+    assert citation["version"] == hf_mla.__version__ and citation["authors"] == [{"name": "The hf_mla authors"}]
+    (newest, date) = re.search(r"^## (\S+) \((.+)\)$", (root / "CHANGELOG.md").read_text(), re.MULTILINE).groups()
+    assert (newest, date) == (citation["version"], str(citation["date-released"]))

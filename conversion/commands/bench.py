@@ -14,7 +14,6 @@ would otherwise take long and much memory to fill. Decoding takes the same time 
 """
 
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +38,7 @@ from ..errors import UserError
 from ..output.plotting import check_plot, draw_bench, save_figure
 from ..output.reports import BenchContext, BenchReport, PerSide
 from ..source.checkpoint import Checkpoint, open_checkpoint
-from ..source.loading import choose_device, load_model
+from ..source.loading import choose_device, device_name, load_model
 from ..source.matching import match_model
 from ..source.shards import TORCH_NAMES
 from .verify import check_pair
@@ -216,13 +215,6 @@ def choose_dtype(dtype: str, source: Checkpoint, device: torch.device) -> torch.
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else TORCH_NAMES[source.dtype]
     return getattr(torch, dtype)
-
-
-def device_name(device: torch.device) -> str:
-    """The device, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def decoded_steps(new_tokens: int) -> int:

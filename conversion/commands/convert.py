@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -25,9 +26,10 @@ from ..mathematics.closed_form import mla_config
 from ..mathematics.scales import SCALES
 from ..output.folder import check_output
 from ..output.progress import earlier_recipe, layer_reports, size_folder, source_fingerprint, token_fingerprint, versions, work_on
+from ..output.pushing import converted_before, make_repository, push
 from ..output.reports import Candidate, ConvertReport, PlanReport
-from ..output.writing import check_carried, check_repository, upload, write_record
-from ..source.checkpoint import open_checkpoint
+from ..output.writing import check_carried, write_record
+from ..source.checkpoint import open_checkpoint, user_path
 from ..source.families import refusal
 from ..source.loading import choose_device, launched_processes
 from ..source.matching import match_model
@@ -101,7 +103,8 @@ def convert(
         revision: branch, tag or commit of a Hub id.
         restart: forget what an interrupted conversion to the same folder has done.
         overwrite: replace the output folder.
-        push_to: a Hub repository to upload the result to.
+        push_to: a Hub repository to upload the result to; made, private, if it does not exist. When the upload was cut short, the
+            same call goes on with it.
         trust_remote_code: run the code that the source's tokenizer comes with, if it does.
 
     Returns:
@@ -110,6 +113,7 @@ def convert(
     Raises:
         UserError: something in the arguments or the source does not allow it.
     """
+    asked = {name: value for name, value in locals().items() if name not in ("out", "restart", "overwrite")}
     started = time.perf_counter()
     if steps is not None and steps < 0:
         raise UserError(f"--steps is {steps}; allowed: 0 (the closed form alone) or more, {STEPS} are usual")
@@ -126,6 +130,11 @@ def convert(
     # Where to compute, on what text, and for how long.
     run_device = choose_device(device)
     processes = launched_processes(run_device)
+    if push_to is not None and not restart and not overwrite and (report := converted_before(out, asked)) is not None:
+        if not processes.is_main_process:
+            return replace(report, perplexity=None)  # the main one's to tell
+        push(user_path(out).resolve(), make_repository(push_to))
+        return report
     scale, context = SCALES[run_device.type], checkpoint.config.max_position_embeddings
     tokens = scale.calibration if calibration_tokens is None else calibration_tokens
     window = min(scale.window, context) if window is None else window
@@ -154,8 +163,7 @@ def convert(
     if max_ratio is not None:
         room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)
-    if push_to is not None and processes.is_main_process:
-        check_repository(push_to)
+    repository = make_repository(push_to) if push_to is not None and processes.is_main_process else None
     tokenizer = load_tokenizer(checkpoint.folder, source, trust_remote_code)
     check_carried(checkpoint, config, tokenizer)
 
@@ -201,7 +209,7 @@ def convert(
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
-        recipe["max_ratio"] = max_ratio  # not what the work depends on: another may go on with it
+        recipe |= {"max_ratio": max_ratio, "asked": asked}  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer))
 
         @cache
@@ -220,6 +228,7 @@ def convert(
             steps=steps,
             layers=layers,
             output=str(path),
+            repository=repository,
         )
         if processes.is_main_process:
             output = folder / "output"
@@ -228,8 +237,8 @@ def convert(
             write_record(output, checkpoint, config, report, recipe, spectra)
             if keep_own_text:
                 write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), output / "own_text.jsonl")
-    if push_to is not None and processes.is_main_process:
-        upload(path, push_to)
+    if repository is not None:
+        push(path, repository)
     return report
 
 

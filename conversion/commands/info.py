@@ -4,10 +4,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError, brief
+from ..errors import UserError
 from ..output.plotting import check_plot, plot_conversion
 from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint
 from ..source.families import kv_heads, refusal, source_head_dim
+from ..source.hub import hub_says
 from ..source.matching import match_model
 from ..source.shards import TensorHeader
 
@@ -83,4 +84,4 @@ def conversion_file(checkpoint: Checkpoint, revision: str | None) -> Path:
     try:
         return Path(hf_hub_download(checkpoint.name, RECORD, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise UserError(f"{checkpoint.name} has no {RECORD} that can be fetched: {brief(error)}") from None
+        raise UserError(f"{checkpoint.name} has no {RECORD} that can be fetched: {hub_says(error, checkpoint.name)}") from None

@@ -4,7 +4,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from hf_mla import cache_bytes, cache_of
 from ..errors import UserError
 from ..mathematics.closed_form import mla_config
 from ..mathematics.measures import Comparison, edges
-from ..mathematics.recall import Questions, accuracies, questions
+from ..mathematics.recall import PROMPTS, Questions, accuracies, answers, open_questions, questions
+from ..output.page import PAGES, command_line, write_page
+from ..output.plotting import check_file
 from ..output.reports import (
     HEALING_RATIO,
+    AnswerReport,
     ContextReport,
     NeedleReport,
     PerSide,
@@ -29,7 +32,7 @@ from ..output.reports import (
 )
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.families import refusal, rotary_width, source_head_dim
-from ..source.loading import choose_device, load_model
+from ..source.loading import choose_device, device_name, load_model
 from ..source.text import begun, read_text, token_windows
 from ..source.tokenizer import check_same_tokenizer, check_vocabulary, first_token, load_tokenizer
 
@@ -50,6 +53,7 @@ def verify(
     tokens: int = 98304,
     needle: bool = False,
     needle_lengths: Sequence[int] | None = None,
+    html: str | None = None,
     max_ratio: float | None = None,
     device: str = "auto",
     revision: str | None = None,
@@ -67,6 +71,7 @@ def verify(
         tokens: how many tokens of it to use, from its start.
         needle: also let both models answer: find numbers in long text, and do short tasks by example.
         needle_lengths: tokens of these texts; None for 1024, 2048, 4096 and so on, up to the model's context. Implies `needle`.
+        html: a file to write a page to that shows all this, and ten answers of both models side by side.
         max_ratio: the highest perplexity ratio that passes, at any length; None passes any.
         device: "auto", "cpu", "cuda" or "cuda:N".
         revision: branch, tag or commit of the source, if it is a Hub id.
@@ -76,8 +81,11 @@ def verify(
         What was measured.
 
     Raises:
-        UserError: a checkpoint or the text cannot be used, or the tokenizers differ.
+        UserError: a checkpoint or the text cannot be used, the tokenizers differ, or the page cannot be written.
     """
+    command = command_line(verify, locals())  # before there are others
+    if html is not None:
+        check_file("--html", html, PAGES)
     if max_ratio is not None and not max_ratio > 0:
         raise UserError(f"--max-ratio is {max_ratio}; it must be positive (1.05 allows 5 % more perplexity)")
     if tokens < 2:
@@ -93,14 +101,22 @@ def verify(
     contexts = context_windows(ids, context, first_token(tokenizer))
     run_device = choose_device(device)
     asked = questions(tokenizer, lengths, run_device) if lengths else {}
-    check_vocabulary(torch.tensor([max(each.ids) for some in asked.values() for each in some] or [0]), source_checkpoint)
+    prompts = open_questions(tokenizer) if html is not None else []
+    check_vocabulary(torch.tensor([max(each.ids) for each in chain(prompts, *asked.values())] or [0]), source_checkpoint)
     dtype = "auto" if run_device.type == "cuda" else torch.float32
     source, converted = (
         load_model(checkpoint, run_device, dtype, spread=device == "auto")
         for checkpoint in (source_checkpoint, converted_checkpoint)
     )
     report = compare(source, converted, contexts, max_ratio)
-    return replace(report, needle=compare_answers(source, converted, tokenizer, asked)) if asked else report
+    if asked:
+        report = replace(report, needle=compare_answers(source, converted, tokenizer, asked))
+    if html is not None:
+        said = [answers(model, tokenizer, prompts) for model in (source, converted)]
+        report = replace(report, answers=[AnswerReport(*each) for each in zip(PROMPTS, *said, strict=True)])
+        where = {"text": text, "device": device_name(run_device), "command": command}
+        write_page(html, report, source_checkpoint, converted_checkpoint, **where)
+    return report
 
 
 def check_pair(converted: Checkpoint, source: Checkpoint) -> None:

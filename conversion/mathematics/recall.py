@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a model finds numbers again in long text, and does short tasks by example; the questions and how they are scored.
+"""What models answer: numbers to be found again in long text, short tasks by example, how these are scored, and ten open prompts.
 
 * Every prompt ends where the answer's line breaks off ("The special magic number for river is"): in a chat the model's turn has
   begun with that. So models without a chat template, and very small ones, are asked the same: SmolLM2-135M-Instruct finds 12 of 20
@@ -35,6 +35,19 @@ NEEDLE_TOKENS = {"cuda": 1 << 20, "cpu": 1 << 14}  # of the texts of one length,
 NEEDLE_COUNTS = (2, 20)  # of texts of one length, at least and at most
 TASK_COUNT = {"cuda": 100, "cpu": 10}
 EXAMPLES = 8
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short poem about the sea.",
+    "Explain photosynthesis to a child.",
+    "Give me three tips for sleeping better.",
+    "Translate to French: The book is on the table.",
+    "What is 17 plus 25?",
+    "Write a Python function that reverses a string.",
+    "Who wrote Romeo and Juliet, and what is it about?",
+    "Suggest a name for a bakery and say why.",
+    "Summarize in one sentence: The meeting was moved to Friday because the manager is ill.",
+)
+ANSWER_ROOM = 128  # tokens
 LONGEST = 240  # characters of a sentence: longer ones are left out, for a number to come near its depth
 WORDS = (  # noqa: SIM905
     "apple river stone table garden window yellow winter summer bridge castle forest island market mirror"
@@ -50,6 +63,7 @@ class Question:
 
     ids: list[int]
     answer: str
+    """Empty where none is the right one."""
     room: int
     """Tokens that the answer may take."""
 
@@ -178,6 +192,26 @@ def questions(tokenizer: Any, lengths: Sequence[int], device: torch.device) -> Q
         asked |= {(length, depth): some for depth, some in found.items()}
     asked |= {name: some for name, some in tasks(tokenizer, TASK_COUNT[device.type]).items()}
     return asked
+
+
+def open_questions(tokenizer: Any) -> list[Question]:
+    """`PROMPTS` as the first turns of chats, or without a chat template that takes them as the beginnings of texts."""
+
+    def begun(prompt: str) -> list[int]:
+        turns = [{"role": "user", "content": prompt}]
+        try:
+            chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        except Exception:  # templates are programs: any type
+            return [*frame(tokenizer, chat=False)[0], *encoded(tokenizer, [prompt])[0]]
+        return encoded(tokenizer, [chat])[0]
+
+    return [Question(begun(prompt), "", ANSWER_ROOM) for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, asked: Sequence[Question]) -> list[str]:
+    """What a model says to each question, by greedy generation."""
+    return [text.strip() for batch in batches(model, asked) for text in generated(model, tokenizer, batch)]
 
 
 def correct(said: str, answer: str) -> bool:

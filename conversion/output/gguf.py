@@ -232,11 +232,9 @@ def describe(writer: "GGUFWriter", exported: GGUFExport, checkpoint: ModelCheckp
     writer.add_file_type(LlamaFileType["ALL_F32" if exported.outtype == "f32" else f"MOSTLY_{exported.outtype.upper()}"])
     if exported.outtype == "q8_0":
         writer.add_quantization_version(GGML_QUANT_VERSION)
-    for line in licence(checkpoint):
-        key, _, value = line.partition(":")
-        add = {"license": writer.add_license, "license_name": writer.add_license_name, "license_link": writer.add_license_link}
-        if key in add:
-            add[key](value.strip().strip("\"'"))
+    add = {"license": writer.add_license, "license_name": writer.add_license_name, "license_link": writer.add_license_link}
+    for key, value in licence(checkpoint).items():
+        add[key](", ".join(map(str, value)) if isinstance(value, list) else str(value))
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_position_embeddings)
     writer.add_embedding_length(model.hidden_size)

@@ -5,6 +5,7 @@ matplotlib is an optional extra.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +19,42 @@ LEAST_SHARE = 1e-7  # of the energy; what lies below is rounding, and would take
 
 def check_plot(plot: str) -> None:
     """Raise a UserError if nothing can draw a picture, or it could not be written."""
-    path = user_path(plot)
-    if path.suffix.lower() not in FORMATS:
-        raise UserError(f"--plot {plot}: the name must end in one of {', '.join(FORMATS)}")
+    check_file("--plot", plot, FORMATS)
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         raise UserError('--plot needs matplotlib, which is not installed: pip install "hf-mla[plot]"') from None
+
+
+def check_file(option: str, given: str, suffixes: Sequence[str]) -> None:
+    """Raise a UserError if the name that an option gives to a file has none of the suffixes, or it could not be written."""
+    path = user_path(given)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {given}: the name must end in one of {', '.join(suffixes)}")
     try:
         was_there = path.exists()
         open(path, "ab").close()
         if not was_there:
             path.unlink()
     except OSError as error:
-        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {given} cannot be written: {error.strerror}") from None
 
 
-def save_figure(figure: Any, plot: str) -> None:
-    """Write a matplotlib figure as a whole, or raise a UserError and leave what was there."""
-    path = user_path(plot)
+def write_file(option: str, given: str, write: Callable[[Path], Any]) -> None:
+    """Have the file of an option written as a whole, or raise a UserError and leave what was there."""
+    path = user_path(given)
     partial = path.with_name(f".{path.name}")
     try:
-        figure.savefig(partial, format=path.suffix[1:].lower())
+        write(partial)
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"--plot {plot} cannot be written: {error.strerror}") from None
+        raise UserError(f"{option} {given} cannot be written: {error.strerror}") from None
+
+
+def save_figure(figure: Any, plot: str) -> None:
+    """Write a matplotlib figure; see `write_file`."""
+    write_file("--plot", plot, lambda path: figure.savefig(path, format=path.suffix[1:].lower()))
 
 
 def plot_conversion(record: Path, name: str, plot: str) -> None:
@@ -65,6 +76,13 @@ def plot_conversion(record: Path, name: str, plot: str) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}/{record.name} cannot be drawn, it is damaged: {brief(repr(error))}") from None
     save_figure(figure, plot)
+
+
+def layer_errors(report: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """Each layer's number and the error of its attention output, from a stored report; of the fit only if all were fitted."""
+    keys = {"closed form": "error_closed_form", "reconstructed": "error_reconstructed"}
+    found = {label: [(layer["layer"], layer[key]) for layer in report["layers"]] for label, key in keys.items()}
+    return {label: errors for label, errors in found.items() if all(error is not None for _, error in errors)}
 
 
 def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
@@ -100,11 +118,8 @@ def draw(spectra: list[list[float]], report: dict[str, Any], name: str) -> Any:
     left.set(yscale="log", xlabel="direction", ylabel="share of energy", title="What the latent keeps: left of the line")
     left.set_ylim(bottom=max(LEAST_SHARE, left.get_ylim()[0]))
 
-    layers = [layer["layer"] for layer in report["layers"]]
-    for key, label in (("error_closed_form", "closed form"), ("error_reconstructed", "reconstructed")):
-        errors = [layer[key] for layer in report["layers"]]
-        if None not in errors:
-            right.plot(layers, errors, marker="o", markersize=4, label=label)
+    for label, errors in layer_errors(report).items():
+        right.plot(*zip(*errors, strict=True), marker="o", markersize=4, label=label)
     right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(xlabel="layer", ylabel="relative squared error", title="Error of the attention output, on held-back text")
     right.set_ylim(bottom=0)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands return; the field names are the JSON keys."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, is_dataclass
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 HEALING_RATIO = 1.05  # of perplexities; above it a model needs fine-tuning
@@ -19,6 +20,18 @@ class PerSide:
 def with_sides(measures: dict[str, Any]) -> dict[str, Any]:
     """Measures by name, those that were taken of both models as a `PerSide`."""
     return {name: PerSide(**value) if isinstance(value, dict) else value for name, value in measures.items()}
+
+
+def from_json(kind: Any, data: Any) -> Any:
+    """A report as it was before it became JSON; `kind` is its class, or the type of any value in it."""
+    if NoneType in get_args(kind):
+        return None if data is None else from_json(get_args(kind)[0], data)
+    if get_origin(kind) is list:
+        return [from_json(get_args(kind)[0], entry) for entry in data]
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        return kind(**{name: from_json(types[name], value) for name, value in data.items()})  # type: ignore[operator]
+    return data
 
 
 @dataclass(frozen=True)
@@ -154,6 +167,8 @@ class ConvertReport(PlanReport):
     end_to_end: "HealReport | None" = None
     """What the end-to-end stage did; held-back text has chosen the best of its weights, so it flatters them a little."""
     output: str = ""
+    repository: str | None = None
+    """On the Hub, where the output is uploaded to."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +226,15 @@ class RecallReport:
 
 
 @dataclass(frozen=True)
+class AnswerReport:
+    """What both models went on with after a prompt, greedily."""
+
+    prompt: str
+    source: str
+    converted: str
+
+
+@dataclass(frozen=True)
 class VerifyReport(ContextReport):
     """The result of `verify`; the field names are the JSON keys. What it inherits is of the shortest sequences."""
 
@@ -226,6 +250,8 @@ class VerifyReport(ContextReport):
     """What both models computed and cached in."""
     needle: RecallReport | None = None
     """Only where it was asked for."""
+    answers: list[AnswerReport] = field(default_factory=list)
+    """Only where a page was asked for."""
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,9 @@ def convert_table(result: Any) -> str:
     summary = {"calibration": f"{result.calibration_tokens:,} tokens, {result.steps:,} steps a layer"}
     if result.candidates:
         tried = ", ".join(f"{c.kv_lora_rank} + {c.qk_rope_head_dim}: {c.error:.4f}" for c in result.candidates)
-        summary["sizes tried"] = f"{tried} (held-back error of the attention output; the widest rotary key within 3 % of the least)"
+        summary["sizes tried"] = (
+            f"{tried} (held-back error of the attention output; the widest rotary key of those with nearly the least is taken)"
+        )
     summary["attention error"] = f"{spread([x.error_closed_form for x in result.layers])} in closed form"
     if result.steps:
         summary["attention error"] += f", {spread([x.error_reconstructed for x in result.layers])} reconstructed"
@@ -75,9 +77,12 @@ def convert_table(result: Any) -> str:
         "on each text": "; ".join(f"{text.name} x {text.perplexity_ratio:.4f}" for text in result.texts),
         "time": f"{result.seconds:.0f} s",
         "output": result.output,
+        "on the Hub": result.repository,
     }
     if len(result.texts) < 2:
         del summary["on each text"]
+    if result.repository is None:
+        del summary["on the Hub"]
     tables = [plan_table(result) + "\n" + rows(summary)]
     if result.frontier:
         tables.append(frontier_table(result))
@@ -114,11 +119,15 @@ def verify_table(result: Any) -> str:
         "absorbed against expanded": f"{result.absorbed_vs_expanded_max_error:.1e} largest logit difference",
         "verdict": result.verdict,
     }
-    return rows(lines) + (f"\n\n{recall_table(result.needle)}" if result.needle else "")
+    if result.needle is None:
+        return rows(lines)
+    answered = [line for table in recall_cells(result.needle) for line in table]
+    table = "\n".join(f"{line[0]:<24}" + "".join(f"{cell:>16}" for cell in line[1:]).rstrip() for line in answered)
+    return f"{rows(lines)}\n\n{table}"
 
 
-def recall_table(result: Any) -> str:
-    """What both models answered for people: a line for each length of text and a column for each depth, then the tasks."""
+def recall_cells(result: Any) -> tuple[list[list[str]], list[list[str]]]:
+    """What both models answered: a line for each length of text and a column for each depth, and the tasks; each with its head."""
 
     def sides(accuracy: Any) -> str:
         return f"{100 * accuracy.source:.0f} -> {100 * accuracy.converted:.0f} %"
@@ -129,9 +138,9 @@ def recall_table(result: Any) -> str:
     depths = list(dict.fromkeys(each.depth for each in result.needles))
     lines = [["numbers found at depth", *(f"{depth:.0%}" for depth in depths)]]
     lines += [[name, *(sides(each.accuracy) for each in some)] for name, some in cells.items()]
-    lines += [["short tasks", *(each.task for each in result.tasks)]]
-    lines += [["answered exactly", *(sides(each.accuracy) for each in result.tasks)]]
-    return "\n".join(f"{line[0]:<24}" + "".join(f"{cell:>16}" for cell in line[1:]).rstrip() for line in lines)
+    tasks = [["short tasks", *(each.task for each in result.tasks)]]
+    tasks += [["answered exactly", *(sides(each.accuracy) for each in result.tasks)]]
+    return lines, tasks
 
 
 def heal_table(result: Any) -> str:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put a converted checkpoint together, and upload it."""
+"""Put a converted checkpoint together."""
 
 import json
 import logging
 import shutil
 import tempfile
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from ..source.families import FAMILIES
 from ..source.matching import ModelCheckpoint
 from ..source.shards import DTYPES, ShardWriter, TensorHeader, load_file
 from ..source.tokenizer import CONFIG, custom_code, difference, load_tokenizer, read_settings
-from .card import licence, model_card
+from .card import PICTURE, licence, model_card
 from .folder import CARRIED_FOLDERS
+from .plotting import plot_conversion
 from .progress import layer_file, write_json
 from .reports import ConvertReport
 
@@ -118,11 +120,19 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
 
 
 def write_record(
-    folder: Path, source: ModelCheckpoint, config: Any, report: ConvertReport, recipe: dict, spectra: list[list[float]]
+    folder: Path,
+    source: ModelCheckpoint,
+    config: Any,
+    report: ConvertReport,
+    recipe: dict,
+    spectra: list[list[float]],
 ) -> None:
-    """Give a converted model its record and its card."""
+    """Give a converted model its record and its card, and if it goes to the Hub, a picture where one can be drawn."""
     write_json({"recipe": recipe, "report": asdict(report), "spectra": spectra}, folder / RECORD)
-    (folder / "README.md").write_text(model_card(source, config, report, recipe), encoding="utf-8")
+    if report.repository is not None and find_spec("matplotlib") is not None:
+        plot_conversion(folder / RECORD, report.repository, str(folder / PICTURE))
+    card = model_card(source, config, report, recipe, pictured=(folder / PICTURE).exists())
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def carry(source: Checkpoint, folder: Path, tokenizer: Any) -> None:
@@ -232,27 +242,3 @@ def unservable(settings: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         return {key: settings[key] for key in ("cache_implementation", "cache_config") if key in settings}
     return {}
-
-
-def check_repository(repository: str) -> None:
-    """Make a Hub repository, private, if it does not exist; a UserError if that cannot be, so that it is known before the work."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        HfApi().create_repo(repository, private=True, exist_ok=True)
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise UserError(f"--push-to {repository}: {brief(error)}") from None
-
-
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished output folder to a Hub repository."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-
-    try:
-        HfApi().upload_folder(repo_id=repository, folder_path=folder, commit_message="Converted to MLA with hf_mla")
-    except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"{folder} is complete, but uploading it failed ({brief(error)}); try again: hf upload {repository} {folder}"
-        ) from None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import UserError, brief
 from .families import FAMILIES, WRAPPERS
 from .gguf_file import GGUFFile, is_gguf
+from .hub import hub_says
 from .shards import DTYPES, ITEMSIZE, TensorHeader, read_headers, refuse_format
 
 
@@ -239,27 +240,29 @@ def user_path(given: str) -> Path:
 
 def hub_folder(source: str, revision: str | None) -> Path:
     """Download a Hub checkpoint, or find it in the local cache when the Hub cannot be reached."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=HUB_PATTERNS))
     except LocalEntryNotFoundError:
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         raise UserError(
-            f"{source} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached; "
-            "check the path, or go online"
+            f"{source} is neither a folder here nor whole in the local Hub cache, and {offline}; check the path, or go online"
         ) from None
-    except (HfHubHTTPError, ValueError) as error:
-        raise UserError(f"{source} is not a folder here, and the Hub says: {brief(error)}") from None
+    except HfHubHTTPError as error:
+        raise UserError(f"{source} is not a folder here, and the Hub says: {hub_says(error, source)}") from None
+    except Exception as error:  # of the HTTP library, which depends on the version of the Hub's
+        raise UserError(f"{source} could not be downloaded ({brief(error)}); the same command goes on with it") from None
 
 
 def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
     """Read configuration and headers of a Hub checkpoint without its weights; None when the Hub cannot be reached."""
-    from huggingface_hub import file_exists, get_safetensors_metadata, hf_hub_download
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download, model_info
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, NotASafetensorsRepoError, OfflineModeIsEnabled
 
     try:
-        if file_exists(source, ADAPTER, revision=revision):
+        if ADAPTER in {file.rfilename for file in model_info(source, revision=revision).siblings or []}:
             refuse_adapter(source)
         metadata = get_safetensors_metadata(source, revision=revision)
         config = Path(hf_hub_download(source, "config.json", revision=revision))
@@ -270,8 +273,8 @@ def hub_headers(source: str, revision: str | None) -> Checkpoint | None:
     except (OfflineModeIsEnabled, LocalEntryNotFoundError):
         return None
     except HfHubHTTPError as error:
-        raise UserError(f"{source} is not a folder here, and the Hub says: {brief(error)}") from None
-    except Exception:  # no connection: its type depends on the HTTP library, which depends on the version of the hub's
+        raise UserError(f"{source} is not a folder here, and the Hub says: {hub_says(error, source)}") from None
+    except Exception:  # no connection
         return None
     tensors = {
         name: TensorHeader(tuple(info.shape), info.dtype, file)

@@ -248,7 +248,7 @@ class GGUFFile:
         kept = {name: value for name, value in generation.items() if value is not None}
         (folder / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
         licence = {"license": "general.license", "license_name": "general.license.name", "license_link": "general.license.link"}
-        said = [f"{name}: {self.field(key)}" for name, key in licence.items() if self.field(key)]
+        said = [f"{name}: {json.dumps(self.field(key))}" for name, key in licence.items() if self.field(key)]
         if said:
             (folder / "README.md").write_text("\n".join(["---", *said, "---", ""]), encoding="utf-8")
 

@@ -2,6 +2,7 @@
 """Whole models, devices and processes, each there as asked for or refused in one line."""
 
 import os
+import platform
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -114,6 +115,13 @@ def choose_device(device: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device} is not available; use auto, cpu, cuda or cuda:N")
     return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """The device, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def free_memory(device: torch.device) -> int:
