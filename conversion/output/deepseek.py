@@ -87,8 +87,9 @@ def has_plain_frequencies(config: Any) -> bool:
     if rope["rope_type"] not in ("linear", "llama3"):
         return rope["rope_type"] == "default"
     frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    frequencies = frequencies[:: config.head_dim // config.qk_rope_head_dim].float()
     pairs = torch.arange(len(frequencies)) * 2 / config.qk_rope_head_dim
-    return scale == 1 and torch.allclose(frequencies.float(), rope["rope_theta"] ** -pairs, rtol=1e-5, atol=0)
+    return scale == 1 and torch.allclose(frequencies, rope["rope_theta"] ** -pairs, rtol=1e-5, atol=0)
 
 
 def widths_of(config: Any, least: Widths | None = None) -> Widths:
