@@ -170,9 +170,7 @@ def loaded(model, folder, rope, **options):
 
 @pytest.mark.parametrize(("model_type", "changes", "rank", "rope_dim", "rope"), AT_LOAD.values(), ids=AT_LOAD)
 @torch.no_grad()
-def test_what_has_lost_its_rotation_gets_a_factor_given_at_load(
-    tmp_path, unrounded, model_type, changes, rank, rope_dim, rope
-):
+def test_what_has_lost_its_rotation_gets_a_factor_given_at_load(tmp_path, unrounded, model_type, changes, rank, rope_dim, rope):
     """At place 0, as above."""
     original = make(model_type, changes, mix=False)
     models = [original, converted_model(original, rank, rope_dim)]
