@@ -6,8 +6,8 @@
 * QK-norm divides head j's key by its root mean square, one number s_j(t) per token. RoPE keeps lengths, so s_j(t) is a factor
   on the score: it is computed from the original key projection, cached beside the latent, and the rest is linear as ever.
   Where the norm is over all heads together, it is one number for all of them.
-* YaRN and longrope multiply cosines and sines by a factor, so scores by its square: what is rotated gets it there, what has lost its
-  rotation by the weights. Where other `rope_parameters` are given to a converted model, queries make up for the difference.
+* YaRN and longrope multiply cosines and sines by a factor, so scores by its square: what is rotated gets it there, what has lost
+  its rotation by the weights. Where other `rope_parameters` are given to a converted model, queries make up for the difference.
 * What only some families have costs the others nothing: caps, sinks, layers without RoPE, queries scaled by their position.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
