@@ -354,6 +354,8 @@ def adopt_rope(config: Any) -> None:
     partial = "partial_rotary_factor"  # of a family that does not rotate its whole heads, as here all that `head_dim` says is
     parameters = {kind: rope | {partial: 1.0} if partial in rope else rope for kind, rope in ropes(config).items()}
     config.rope_parameters = parameters.get(None, parameters)
+    if getattr(config, partial, None) is not None:  # which Transformers 5.15 has take the place of what is in there
+        config.partial_rotary_factor = 1.0
     if config.source_rope_dim is not None or release(config.hf_mla_version) > (0, 1):
         return
     for rope_type in (rope["rope_type"] for rope in ropes(config).values()):  # which was none of these at conversion
