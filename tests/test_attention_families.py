@@ -38,6 +38,7 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from hf_mla import MLACache, attention_mla, layer_mla
+from hf_mla.cache_mla import CACHE_NAME
 from hf_mla.configuration_mla import ropes
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import UserError, convert, info, plan, verify
@@ -210,13 +211,42 @@ def test_yarn_given_at_load_is_the_originals_yarn(tmp_path, unrounded, monkeypat
         for in_kernel in (False, True):  # which rounds to float32
             monkeypatch.setattr(attention_mla, "runs_in_kernel", lambda *_, value=in_kernel: value)
             cache = MLACache(ours.config, quantization=quantization)
-            decoded.append(torch.cat([ours(part, cache=cache).logits for part in ids.split([112, *[1] * 8], dim=1)], 1))
+            decoded.append(torch.cat([ours(part, cache=cache).logits for part in ids.split([118, 1, 1], dim=1)], 1))
         assert distance(*decoded) < 1e-4 * logits.std()
         assert distance(decoded[0], logits) < (1e-9 if quantization is None else logits.std() / 2)
     for layer in ours.model.layers:
         assert layer.self_attn.factor_of_lost == pytest.approx((1 + 0.1 * math.log(2)) ** 4 / (1 + 0.1 * math.log(2)) ** 2)
         layer.self_attn.factor_of_lost = 1
     assert distance(ours(ids).logits, logits) > 1e-2
+
+
+LISTS = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i / 8 for i in range(8)]}
+EXTENDED = {
+    "yarn": YARN,
+    "dynamic": {**OWN, "rope_type": "dynamic", "factor": 2.0},
+    "longrope": {**LONGROPE, **LISTS},
+}
+
+
+@pytest.mark.parametrize("kind", EXTENDED)
+@torch.no_grad()
+def test_a_narrower_rope_given_at_load_turns_as_the_originals(tmp_path, unrounded, kind):
+    """A quarter as wide, of heads whose keys have the first pair of every fold group alone: whole and by steps."""
+    original = make("llama", {"rope_parameters": OWN, "max_position_embeddings": 64})
+    for layer in original.base_model.layers:
+        layer.self_attn.k_proj.weight.unflatten(0, (2, 2, 2, 4))[:, :, :, 1:] = 0  # [g, 2, P / 2, d / P, D], half-split
+    given = {"rope": EXTENDED[kind], "max_position_embeddings": 64 if kind == "dynamic" else 256}
+    ours = loaded(converted_model(original, 32, 4), tmp_path / "out", **given)
+    expected = loaded(original, tmp_path / "source", **given)
+    assert ours.config.qk_rope_head_dim == 4 and expected.config.head_dim == 16
+    ids = torch.randint(3, 256, (2, 100))
+    logits = expected(ids).logits
+    assert distance(ours(ids).logits, logits) < 1e-9 and distance(original(ids).logits, logits) > 1e-2
+    decoded = []
+    for model in (expected, ours):  # cached keys stay as they were turned, though "dynamic" turns the next ones otherwise
+        cache = DynamicCache(config=model.config)
+        decoded.append(torch.cat([model(part, **{CACHE_NAME: cache}).logits for part in ids.split([90, *[1] * 10], dim=1)], 1))
+    assert distance(*decoded) < 1e-9
 
 
 KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]

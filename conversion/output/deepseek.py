@@ -65,7 +65,9 @@ def refusal(config: Any) -> str | None:
             f"rope type {rope_type} scales the frequencies; the layout has only theta, and engines take all else for YaRN; {served}"
         )
     if config.source_rope_dim is not None and config.source_rope_factor != 1:
-        return "weights hold the factor of a RoPE that rope_parameters had at conversion; give the original these, and convert again"
+        return (
+            "weights hold the factor of a RoPE that rope_parameters had at conversion; give the original these, and convert again"
+        )
     if config.kv_a_layernorm_eps >= 1 and str(config.dtype).removeprefix("torch.") == "float16":
         return (
             "it is in closed form and in float16, in which latents as small as they must be are zero; convert with --dtype bfloat16"
