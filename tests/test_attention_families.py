@@ -230,7 +230,7 @@ EXTENDED = {
 
 @pytest.mark.parametrize("kind", EXTENDED)
 @torch.no_grad()
-def test_a_narrower_rope_given_at_load_turns_as_the_originals(tmp_path, unrounded, kind):
+def test_a_narrower_rope_given_at_load_turns_as_the_originals(tmp_path, kind):
     """A quarter as wide, of heads whose keys have the first pair of every fold group alone: whole and by steps."""
     original = make("llama", {"rope_parameters": OWN, "max_position_embeddings": 64})
     for layer in original.base_model.layers:
@@ -240,13 +240,13 @@ def test_a_narrower_rope_given_at_load_turns_as_the_originals(tmp_path, unrounde
     expected = loaded(original, tmp_path / "source", **given)
     assert ours.config.qk_rope_head_dim == 4 and expected.config.head_dim == 16
     ids = torch.randint(3, 256, (2, 100))
-    logits = expected(ids).logits
-    assert distance(ours(ids).logits, logits) < 1e-9 and distance(original(ids).logits, logits) > 1e-2
+    logits = expected(ids).logits  # rounded to float32 in norms and angles, as the library does
+    assert distance(ours(ids).logits, logits) < 1e-6 and distance(original(ids).logits, logits) > 1e-2
     decoded = []
     for model in (expected, ours):  # cached keys stay as they were turned, though "dynamic" turns the next ones otherwise
         cache = DynamicCache(config=model.config)
         decoded.append(torch.cat([model(part, **{CACHE_NAME: cache}).logits for part in ids.split([90, *[1] * 10], dim=1)], 1))
-    assert distance(*decoded) < 1e-9
+    assert distance(*decoded) < 1e-6
 
 
 KINDS = ["Gemma2", "Gemma3", "Olmo2", "SmolLM3", "Cohere2", "Glm4Moe", "Ministral3", "GptOss"]
