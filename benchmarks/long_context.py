@@ -4,14 +4,13 @@ python benchmarks/long_context.py SOURCE CONVERTED [CONVERTED ...] --text FILE -
 
 Of each model, the source first: numbers to be found in texts of 1,024 tokens and twice as many each time up to its context, and the
 short tasks (`hf_mla_conversion.mathematics.recall`, which `hf-mla verify --needle` asks too); the loss on windows of the whole
-context, in eighths, as a perplexity ratio to the source's with the standard error over windows. Then with YaRN of a factor of 2
-(--factor) the same at twice the context. Its frequencies in a converted model are the source's (`ladder.narrowed`). Its temperature
-is a factor on what is rotated, so what conversion took out of the rotation is measured without it, as a checkpoint is loaded with
-other `rope_parameters` ("yarn"), and with it, by the queries ("yarn, all"). Each model is loaded once.
+context, in eighths, as a perplexity ratio to the source's with the standard error over windows. Then the same at twice the context
+with YaRN of a factor of 2 (--factor), which is written into a copy of each config.json, as a user extends a model.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_mla_conversion.commands.verify import PARTS, choose_lengths
-from hf_mla_conversion.mathematics.ladder import narrowed
 from hf_mla_conversion.mathematics.measures import edges
 from hf_mla_conversion.mathematics.recall import DEPTHS, Questions, accuracies, needles, tasks
 from hf_mla_conversion.mathematics.scales import HEAD_TOKENS
-from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint
 from hf_mla_conversion.source.loading import head_of, load_model
 from hf_mla_conversion.source.text import read_text, token_windows
 from hf_mla_conversion.source.tokenizer import load_tokenizer
@@ -53,26 +51,18 @@ def losses(model: Any, windows: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def rescale(model: Any, source: Any, factor: float) -> None:
-    """Give a model YaRN beyond its context, in place: the source's, or its like at the width of a converted one."""
-    config, context = model.config, source.max_position_embeddings
-    config.max_position_embeddings = int(factor * context)
-    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": source.rope_parameters["rope_theta"]}
-    config.rope_parameters = rope | {"original_max_position_embeddings": context}
-    if hasattr(config, "kv_lora_rank"):
-        scaled = type(source)(**source.to_dict() | {"rope_parameters": config.rope_parameters})
-        config.rope_parameters = narrowed(scaled, None, config.qk_rope_head_dim)
-    decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config).to(model.device)
-
-
-@torch.no_grad()
-def temper(model: Any) -> None:
-    """Multiply what is not rotated of a converted model's queries by what YaRN multiplies the scores of the rest by, in place."""
-    config, decoder = model.config, model.get_decoder()
-    for layer in decoder.layers:
-        rows = layer.self_attn.q_proj.weight.unflatten(0, (-1, config.qk_nope_head_dim + config.qk_rope_head_dim))
-        rows[:, : config.qk_nope_head_dim] *= decoder.rotary_emb.attention_scaling**2
+def extended(checkpoint: Checkpoint, factor: float, folder: Path) -> Checkpoint:
+    """A checkpoint with YaRN beyond its context in config.json; its other files are linked to."""
+    for file in checkpoint.folder.resolve().iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
+    context, theta = checkpoint.config.max_position_embeddings, checkpoint.config.rope_parameters["rope_theta"]
+    yarn = {"rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": context}
+    config |= {"max_position_embeddings": int(factor * context), "rope_parameters": yarn}
+    config.pop("rope_scaling", None)  # an older name
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return open_checkpoint(str(folder))
 
 
 def line(name: str, entry: dict[str, Any]) -> None:
@@ -132,36 +122,30 @@ def measure(options: argparse.Namespace) -> None:
     of_source: dict[str, Tensor] = {}
     for folder in (options.source, *options.converted):
         opened = open_checkpoint(folder)
-        model = load_model(opened, DEVICE, DTYPE)
-        converted = hasattr(model.config, "kv_lora_rank")
         entry: dict[str, Any] = {"name": Path(folder).name}
-        if converted:
-            entry |= {"kv_lora_rank": model.config.kv_lora_rank, "qk_rope_head_dim": model.config.qk_rope_head_dim}
+        if hasattr(opened.config, "kv_lora_rank"):
+            entry |= {"kv_lora_rank": opened.config.kv_lora_rank, "qk_rope_head_dim": opened.config.qk_rope_head_dim}
         results["models"].append(entry)
-        for way in ("trained", "yarn", "yarn, all")[: 3 if converted else 2]:
-            if way == "yarn":
-                rescale(model, checkpoint.config, options.factor)
-            elif way == "yarn, all":
-                temper(model)
-            beyond = way != "trained"
-            beside = of_source.get("yarn" if beyond else way)
-            questions, some = (asked_beyond, windows[longer]) if beyond else (asked, windows[context])
-            entry[way], found = measured(model, tokenizer, questions, some, beside)
+        for way, questions, some in (("trained", asked, windows[context]), ("yarn", asked_beyond, windows[longer])):
+            with tempfile.TemporaryDirectory() as scratch:
+                there = opened if way == "trained" else extended(opened, options.factor, Path(scratch))
+                model = load_model(there, DEVICE, DTYPE)
+                entry[way], found = measured(model, tokenizer, questions, some, of_source.get(way))
             of_source.setdefault(way, found)
             line(f"{entry['name']}, {way}", entry[way])
             Path(options.out).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        del model
+            del model
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the original: a folder or a .gguf file")
+    parser.add_argument("source", help="the original: a folder or a Hub id")
     parser.add_argument("converted", nargs="+", help="what `hf-mla convert` made of it")
     parser.add_argument("--text", required=True, help="held-out text")
     parser.add_argument("--out", required=True, help="JSON file")
     parser.add_argument("--tokens", type=int, default=131072, help="of the text, for the loss by position")
     parser.add_argument("--lengths", type=int, nargs="+", help="of the texts that numbers are in")
-    parser.add_argument("--questions", type=int, default=20, help="at each length and depth")
+    parser.add_argument("--questions", type=int, default=10, help="at each length and depth")
     parser.add_argument("--tasks", type=int, default=100, help="questions of each task")
     parser.add_argument("--factor", type=float, default=2.0, help="of YaRN")
     measure(parser.parse_args())

@@ -4,8 +4,8 @@
 * `FAMILIES` has a row for every family. Its classes are made from that when they are first asked for, so a family that is not
   used is not imported, and need not be in the installed Transformers.
 * A configuration is a thin subclass of the family's own: `MLAConfigMixin` adds DeepSeek's dimensions, and nothing else changes.
-* `head_dim` always equals `qk_rope_head_dim`, as in DeepSeek: the library's rotary embeddings read it, so every rope type
-  (default, linear, llama3, ...) works on the narrower rotary key without code of ours.
+* `head_dim` is what the library's rotary embeddings read: `qk_rope_head_dim`, as in DeepSeek. In a converted model it is the width
+  that the original rotates, so `rope_parameters` mean what they mean there, of every type (default, linear, llama3, yarn, ...).
 * `auto_map` is part of the configuration, so whatever is saved loads again as remote code, with every head.
 * vLLM runs these models by its Transformers backend, over a cache of latents, if it is told that they have MLA: whatever process of
   vLLM reads this file is.
@@ -195,6 +195,11 @@ class MLAConfigMixin:
             key/value heads of the original. Only families with QK-norm take another value than 0.
         key_norm_width: how many numbers of the original keys each of these is over, where it is all heads' together, and of the
             queries likewise; None where it is a head's.
+        source_rope_dim: of a converted model, how many numbers of a head the original rotates. RoPE is computed at that width,
+            and of its pairs the first of every so many is taken. None: it is computed at the width of the rotary key.
+        source_rope_factor: with it, what RoPE (YaRN, longrope) multiplied the original's cosines and sines by, for each type of
+            layers where these have a RoPE of their own. Weights have it where rotation was lost; `rope_parameters` that are given
+            later may have another.
         hf_mla_version: the version of hf_mla that wrote the checkpoint.
     """
 
@@ -210,23 +215,22 @@ class MLAConfigMixin:
     attention_bias: bool = False
     num_key_norms: int = 0
     key_norm_width: int | None = None
+    source_rope_dim: int | None = None
+    source_rope_factor: float | dict[str, float] = 1.0
     hf_mla_version: str = __version__
 
     def __post_init__(self: Any, **kwargs: Any) -> None:
         check_mla_dimensions(self)
         self.qk_head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         # The expanded keys and values have one head per query head.
-        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
+        self.head_dim, self.num_key_value_heads = self.source_rope_dim or self.qk_rope_head_dim, self.num_attention_heads
         if self.num_key_norms and self.base_model_tp_plan and not self.family.joint_norm:
             self.base_model_tp_plan = {**self.base_model_tp_plan, f"layers.*.{self.family.attention_name}.k_proj": "colwise"}
         kwargs.setdefault("auto_map", auto_map(type(self).__name__.removesuffix("Config")))
         super().__post_init__(**kwargs)  # type: ignore[misc]
         # Again, where the family computes its own, or has no such field.
-        self.head_dim, self.num_key_value_heads = self.qk_rope_head_dim, self.num_attention_heads
-        parameters = self.rope_parameters
-        for rope in [parameters] if "rope_type" in parameters else parameters.values():
-            if "partial_rotary_factor" in rope:  # of a family that does not rotate its whole heads
-                rope["partial_rotary_factor"] = 1.0
+        self.head_dim, self.num_key_value_heads = self.source_rope_dim or self.qk_rope_head_dim, self.num_attention_heads
+        adopt_rope(self)
 
     def validate_rope(self: Any) -> None:
         """As for all models of Transformers: what a family asks beyond that is of the width of its own heads."""
@@ -303,7 +307,7 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
 
     Raises:
         ValueError: a dimension is not a positive integer, the rotary width is odd, queries are compressed, or there are
-            key norms that the attention cannot have.
+            key norms or a width of the source that the attention cannot have.
     """
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "num_attention_heads"):
         value = getattr(config, name)
@@ -318,6 +322,12 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
         raise ValueError(f"num_key_norms is {norms}; only 0 is possible for {config.model_type}, which has no QK-norm.")
     if norms < 0 or (norms and heads % norms):
         raise ValueError(f"num_key_norms is {norms}; it must be 0 or a divisor of num_attention_heads ({heads}).")
+    source, rope_dim = config.source_rope_dim, config.qk_rope_head_dim
+    if source is not None and (source % rope_dim or not rope_dim <= source <= config.qk_nope_head_dim):
+        raise ValueError(
+            f"source_rope_dim is {source}; it must be null or a multiple of qk_rope_head_dim ({rope_dim}), at most "
+            f"qk_nope_head_dim ({config.qk_nope_head_dim})."
+        )
     if config.kv_a_layernorm_eps <= 0:
         raise ValueError(f"kv_a_layernorm_eps is {config.kv_a_layernorm_eps}; it must be positive.")
     if release(config.hf_mla_version) > release(__version__):
@@ -330,6 +340,44 @@ def check_mla_dimensions(config: PreTrainedConfig) -> None:
             f"The code in the checkpoint is that of hf_mla {config.hf_mla_version}; `hf-mla refresh FOLDER` gives it that of the "
             f"{INSTALLED} installed, for wherever it is loaded with trust_remote_code."
         )
+
+
+def adopt_rope(config: Any) -> None:
+    """Take `rope_parameters` as the original has them, which the library may have set after a configuration was made.
+
+    Args:
+        config: the configuration; it is changed.
+
+    Raises:
+        ValueError: an older checkpoint has not what it takes to turn as the original does.
+    """
+    partial = "partial_rotary_factor"  # of a family that does not rotate its whole heads, as here all that `head_dim` says is
+    parameters = {kind: rope | {partial: 1.0} if partial in rope else rope for kind, rope in ropes(config).items()}
+    config.rope_parameters = parameters.get(None, parameters)
+    if getattr(config, partial, None) is not None:  # which Transformers 5.15 has take the place of what is in there
+        config.partial_rotary_factor = 1.0
+    if config.source_rope_dim is not None or release(config.hf_mla_version) > (0, 1):
+        return
+    for rope_type in (rope["rope_type"] for rope in ropes(config).values()):  # which was none of these at conversion
+        said = (
+            f"Of a converted model, rope type {rope_type!r} depends on the width of the original's heads, which hf_mla "
+            f"{config.hf_mla_version} did not write down: `hf-mla refresh FOLDER` does."
+        )
+        if rope_type == "dynamic" and config.qk_rope_head_dim < config.qk_nope_head_dim:
+            raise ValueError(said)
+        if rope_type in ("yarn", "longrope"):
+            logger.warning_once(said)
+
+
+def ropes(config: Any) -> dict[str | None, dict[str, Any]]:
+    """The parameters of RoPE for each type of layers that has its own; under None where all layers have the same."""
+    parameters = config.rope_parameters
+    return {None: parameters} if "rope_type" in parameters else parameters
+
+
+def layer_type(config: Any, layer_idx: int) -> str | None:
+    """Under what a layer's RoPE is in `ropes`."""
+    return None if "rope_type" in config.rope_parameters else config.layer_types[layer_idx]
 
 
 def window_of(config: Any, layer_idx: int) -> int | None:

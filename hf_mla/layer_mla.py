@@ -6,6 +6,8 @@
 * QK-norm divides head j's key by its root mean square, one number s_j(t) per token. RoPE keeps lengths, so s_j(t) is a factor
   on the score: it is computed from the original key projection, cached beside the latent, and the rest is linear as ever.
   Where the norm is over all heads together, it is one number for all of them.
+* YaRN and longrope multiply cosines and sines by a factor, so scores by its square: what is rotated gets it there, what has lost
+  its rotation by the weights. Where other `rope_parameters` are given to a converted model, queries make up for the difference.
 * What only some families have costs the others nothing: caps, sinks, layers without RoPE, queries scaled by their position.
 
 This file travels with every checkpoint: it imports only torch, transformers and files beside it.
@@ -20,12 +22,13 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mla import absorb_if_cheaper
 from .cache_mla import dequantize
-from .configuration_mla import rotates, window_of
+from .configuration_mla import layer_type, ropes, rotates, window_of
 
 
 def inverse_rms(hidden_states: torch.Tensor, eps: float, dims: int | tuple[int, ...] = -1) -> torch.Tensor:
@@ -54,7 +57,39 @@ def rotary_embedding(config: Any, own: Any) -> nn.Module:
     """The rotary embedding of a model with MLA, given the class of its family's own."""
     if config.family.llama_rotary:  # imported by those alone that take it
         own = importlib.import_module("transformers.models.llama.modeling_llama").LlamaRotaryEmbedding
-    return own(config)
+    folded = config.head_dim // config.qk_rope_head_dim
+    return own(config) if folded == 1 else NarrowerRotaryEmbedding(own(config), folded)
+
+
+class NarrowerRotaryEmbedding(nn.Module):
+    """The rotary embedding that a model had before it was converted, and of its pairs the first of every `folded`.
+
+    Some types of RoPE (YaRN, dynamic, longrope) give the pairs of narrower heads other frequencies than these.
+    """
+
+    def __init__(self, own: nn.Module, folded: int) -> None:
+        super().__init__()
+        self.own, self.folded = own, folded
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [B, T, P], as the library calls for them."""
+        cos, sin = self.own(*args, **kwargs)  # half-split, so every `folded`-th number begins the second half as well
+        return cos[..., :: self.folded], sin[..., :: self.folded]
+
+
+def rope_factor(config: Any, kind: str | None) -> float:
+    """What the cosines and sines of one of `ropes` are multiplied by, by a configuration of the library's."""
+    name = ropes(config)[kind]["rope_type"]
+    return 1.0 if name == "default" else ROPE_INIT_FUNCTIONS[name](config, layer_type=kind)[1]
+
+
+def factor_of_lost(config: Any, layer_idx: int) -> float:
+    """What a layer's scores lack of RoPE's factor where conversion took rotation away: 1 with the parameters of that time."""
+    if config.source_rope_dim is None or not rotates(config, layer_idx):
+        return 1.0
+    before = config.source_rope_factor
+    before = before[config.layer_types[layer_idx]] if isinstance(before, dict) else before
+    return (rope_factor(config, layer_type(config, layer_idx)) / before) ** 2
 
 
 def rotate_half(pairs: torch.Tensor) -> torch.Tensor:
@@ -119,6 +154,8 @@ class MLAAttention(nn.Module):
         self.key_norm_width = config.key_norm_width or config.qk_nope_head_dim
         self.query_norm_dims = -1 if config.key_norm_width is None else (1, 3)  # of [B, H, T, N]
         self.qk_norm_eps: Any = getattr(config, "rms_norm_eps", None) or getattr(config, "layer_norm_eps", None)
+        self.source_rope_dim = config.source_rope_dim
+        self.factor_of_lost = factor_of_lost(config, layer_idx)
         self.query_growth = config.rope_parameters.get("llama_4_scaling_beta")
 
         heads, hidden_size, bias = config.num_attention_heads, config.hidden_size, config.attention_bias
@@ -204,6 +241,9 @@ class MLAAttention(nn.Module):
         if self.query_growth is not None:
             query = query * self.query_factor(kwargs["position_ids"]).to(query.dtype)
         q_nope, q_rot = query.split_with_sizes([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        if self.factor_of_lost != 1:  # of the rotary numbers of a head, its first; the others never had RoPE's factor
+            lost, still = q_nope.tensor_split([self.source_rope_dim], dim=-1)
+            q_nope = torch.cat([lost * self.factor_of_lost, still], dim=-1)
 
         compressed = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)  # [B, 1, T, R + P]
         kv_nope, k_rot = compressed.split_with_sizes([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)

@@ -32,7 +32,7 @@ from transformers.modeling_layers import (
 )
 
 from .cache_mla import CACHE_NAME, prepare_latent_cache
-from .configuration_mla import LOCK, Family, config_class, family_of
+from .configuration_mla import LOCK, Family, adopt_rope, config_class, family_of
 from .layer_mla import MLAAttention, MLARMSNorm, rotary_embedding
 from .pages_mla import prepare_latent_pages
 
@@ -70,6 +70,7 @@ class MLAModelMixin:
     post_init: Any
 
     def __init__(self, config: PreTrainedConfig) -> None:
+        adopt_rope(config)
         super().__init__(config)  # type: ignore[call-arg]
         self.rotary_emb = rotary_embedding(config, type(self.rotary_emb))
         for layer_idx, layer in enumerate(self.layers):

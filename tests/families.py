@@ -356,8 +356,8 @@ A layer with a window caches no more tokens than that, before and after.
 """
 FOOTER = """
 "Since" is the first Transformers where it works, or 5.15 where the oldest supported one does. "Export" is to `deepseek_v3` and
-`gguf`; see [serving.md](serving.md). RoPE may be of the types default, linear, llama3, yarn and longrope. Refused in all families:
-RoPE of the type dynamic, whose base changes with the length of the text, and quantized checkpoints.
+`gguf`; see [serving.md](serving.md). RoPE may be of the types default, linear, dynamic, llama3, yarn
+and longrope. Quantized checkpoints are refused.
 
 """
 

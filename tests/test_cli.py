@@ -304,9 +304,9 @@ DAMAGES = {
     "gpt2": (change_config(model_type="gpt2"), "'gpt2' is not supported; supported: llama"),
     "unknown type": (change_config(model_type="mystery"), "'mystery' is not supported; supported: llama"),
     "biases": (change_config(attention_bias=True), "has no tensor model.layers.0.self_attn.q_proj.bias"),
-    "dynamic rope": (
-        change_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
-        "rope type 'dynamic' changes its base with the length of the text",
+    "unknown rope": (
+        change_config(rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}),
+        "rope type 'proportional' is not supported; supported: default, linear, dynamic, llama3, yarn, longrope",
     ),
     "more layers than weights": (change_config(num_hidden_layers=9), "has no tensor model.layers.6."),
     "other shapes": (change_config(head_dim=64), "config.json announces"),

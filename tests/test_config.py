@@ -23,6 +23,8 @@ from hf_mla.layer_mla import rotary_embedding
         ({"q_lora_rank": 8}, "only null is supported"),
         ({"num_key_norms": 2}, "only 0 is possible for llama_mla"),
         ({"kv_a_layernorm_eps": 0.0}, "must be positive"),
+        ({"source_rope_dim": 96}, r"null or a multiple of qk_rope_head_dim \(64\)"),
+        ({"source_rope_dim": 256}, r"at most qk_nope_head_dim \(128\)"),
     ],
 )
 def test_impossible_dimensions_are_refused(changes, message):

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
 from hf_mla_conversion.mathematics import survey as survey_module
@@ -112,7 +113,7 @@ def test_a_fit_to_first_tokens_is_closer_there(tmp_path):
                 x = layer.input_layernorm(firsts.view(-1, 1, config.hidden_size))
                 position = job.stream.rotary(x, torch.zeros(1, 1, dtype=torch.long))
                 expected = layer.self_attn(hidden_states=x, position_embeddings=position, attention_mask=None)[0]
-                position = type(job.stream.rotary)(config=config)(x, torch.zeros(1, 1, dtype=torch.long))
+                position = rotary_embedding(config, type(job.stream.rotary))(x, torch.zeros(1, 1, dtype=torch.long))
                 found = mla(x, position, attention_mask=None)[0]
             errors[steps, seen is not None] = ((found - expected).square().sum() / expected.square().sum()).item(), report
     for steps in (0, 4):

@@ -166,6 +166,7 @@ REFUSALS = {
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}},
         "rope type yarn scales the frequencies",
     ),
+    "no yarn any more": ("Llama", {"source_rope_dim": 8, "source_rope_factor": 1.2}, "weights hold the factor of a RoPE"),
     "window": ("Mistral", {"sliding_window": 16}, "attention slides over 16 of 131,072 tokens"),
     "window of some layers": (
         "Qwen3",

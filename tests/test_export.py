@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_mla
+from families import YARN
 from test_integration import EXACT_NORMS, IDS, counted_absorption
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
@@ -170,10 +171,11 @@ def engines_attention(module, query, key, value, attention_mask, **kwargs):
     return query.tracer.create_proxy("call_function", engines_attention, (query, key, value), {}), None
 
 
-def test_engines_can_trace_the_attention():
+@pytest.mark.parametrize("changes", [{}, {"source_rope_dim": 16, "rope_parameters": YARN}], ids=["plain", "yarn since conversion"])
+def test_engines_can_trace_the_attention(changes):
     """The graph has all that an engine looks for: the norm on the latent, the up-projection, one attention on unpadded values."""
     AttentionInterface.register("vllm", engines_attention)
-    attention = make_mla().model.layers[0].self_attn
+    attention = make_mla(**changes).model.layers[0].self_attn
     attention.config._attn_implementation = "vllm"
     try:
         graph = EngineTracer().trace(attention, {"past_key_values": None})
@@ -184,3 +186,5 @@ def test_engines_can_trace_the_attention():
     assert [node.target for node in graph.nodes if node.op == "call_function"].count(engines_attention) == 1
     value = next(node for node in graph.nodes if node.target is engines_attention).args[2]
     assert "pad" not in str(value.target)
+    if changes:  # the query that engines get has the factor of what lost its rotation
+        assert attention.factor_of_lost > 1 and any(attention.factor_of_lost in node.args for node in graph.nodes)

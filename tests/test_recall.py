@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -185,6 +186,35 @@ def test_lengths():
     assert choose_lengths(False, [600, 300, 600], 1024) == [300, 600]
     with pytest.raises(UserError, match="--needle-lengths has 2048; the model was trained for 1024: give at most that"):
         choose_lengths(True, [2048], 1024)
+
+
+def test_beyond_the_context_of_training(capsys, converted, tmp_path, monkeypatch):
+    """With the library's YaRN, written into config.json of both models."""
+    monkeypatch.setattr(recall, "NEEDLE_COUNTS", (1, 1))
+    monkeypatch.setitem(recall.TASK_COUNT, "cpu", 1)
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 1024}
+    folders = [shutil.copytree(folder, tmp_path / name) for folder, name in ((converted[0], "mla"), (MODEL, "source"))]
+    words = ["verify", str(folders[0]), "--against", str(folders[1]), "--text", VALIDATION, "--tokens", "64", "--device", "cpu"]
+    words += ["--needle-lengths", "1200", "--json"]
+    for folder, said in zip(
+        folders, ("give at most that, or write max_position", "rope_parameters in config.json of both"), strict=True
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048, "rope_parameters": yarn}))
+    seen = []
+
+    def answers(model, _tokenizer, asked):
+        model.get_decoder().register_forward_hook(lambda _module, _inputs, output: seen.append(output.last_hidden_state))
+        model(torch.tensor([asked[1200, 1.0][0].ids]), logits_to_keep=1)
+        return dict.fromkeys(asked, 1.0)
+
+    monkeypatch.setattr("hf_mla_conversion.commands.verify.accuracies", answers)
+    assert main(words) == 0
+    assert {each["length"] for each in json.loads(capsys.readouterr().out)["needle"]["needles"]} == {1200}
+    original, ours = (states[0, 1024:] for states in seen)
+    assert len(original) > 100 and torch.nn.functional.cosine_similarity(original, ours, dim=-1).median() > 0.9
 
 
 def test_a_length_without_room(converted):

@@ -215,6 +215,28 @@ def test_loading_an_older_checkpoint_advises_once(old, caplog, monkeypatch):
     assert "0.9.0 installed" in caplog.text
 
 
+@torch.no_grad()
+def test_the_width_of_the_original_is_concluded(old, caplog):
+    """Of what version 0.1 converted; until then RoPE that depends on it is refused, or said to be another."""
+    logging.getLogger("transformers").propagate = True
+    ids = torch.tensor([[5, 8, 13, 21]])
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}
+    yarn = {"rope_parameters": dynamic["rope_parameters"] | {"rope_type": "yarn", "original_max_position_embeddings": 64}}
+    expected = AutoModelForCausalLM.from_pretrained(old)(ids).logits
+    with pytest.raises(ValueError, match="'dynamic' depends on the width .* hf_mla 0.1.0 did not write down: `hf-mla refresh F"):
+        AutoModelForCausalLM.from_pretrained(old, **dynamic)
+    before = AutoModelForCausalLM.from_pretrained(old, **yarn)
+    assert "'yarn' depends on the width" in caplog.text and before.config.head_dim == 8
+    (old / "conversion.json").write_text("{}")
+    refresh(str(old))
+    caplog.clear()
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(old)(ids).logits, expected)
+    for given in (dynamic, yarn):
+        model = AutoModelForCausalLM.from_pretrained(old, **given)
+        assert (model.config.head_dim, model.config.source_rope_dim, model.config.source_rope_factor) == (16, 16, 1.0)
+    assert not caplog.records and not torch.equal(model(ids).logits, before(ids).logits)
+
+
 def test_saving_names_the_version_whose_code_is_saved(old, tmp_path):
     LlamaMLAForCausalLM.from_pretrained(old).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["hf_mla_version"] == hf_mla.__version__

@@ -6,9 +6,9 @@
   that others import first and config.json last. If anything goes wrong, the copies take their places again.
 """
 
+import dataclasses
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..errors import UserError, brief
 from ..output.folder import BACKUP, MARK, arrive, locked, work_folder
 from ..output.reports import FileChange, RefreshReport
 from ..output.writing import REMOTE_FILES
-from ..source.checkpoint import HUB_ID, read_raw_config, user_path
+from ..source.checkpoint import HUB_ID, RECORD, read_raw_config, user_path
 
 
 # What `MLAConfigMixin` derives from its fields and gives to the library.
@@ -41,7 +41,7 @@ def refresh(out: str, *, dry_run: bool = False) -> RefreshReport:
     """
     path = checked_folder(out)
     before = read_raw_config(path, out)
-    after = refreshed(before, out)
+    after = refreshed(before, out, (path / RECORD).is_file())
     files = {name: (Path(hf_mla.__file__).parent / name).read_bytes() for name in REMOTE_FILES}
     reasons = {name: difference(path / name, content) for name, content in files.items()}
     if after != before:
@@ -70,12 +70,13 @@ def checked_folder(out: str) -> Path:
     raise UserError(f"there is no folder {out}{hint if HUB_ID.fullmatch(out) else ''}")
 
 
-def refreshed(before: dict[str, Any], out: str) -> dict[str, Any]:
+def refreshed(before: dict[str, Any], out: str, converted: bool) -> dict[str, Any]:
     """What config.json should hold.
 
     Args:
         before: what it holds.
         out: the checkpoint as the user gave it.
+        converted: whether a conversion has made it, and nobody from nothing.
 
     Returns:
         The same, but for the keys that are hf_mla's.
@@ -93,7 +94,10 @@ def refreshed(before: dict[str, Any], out: str) -> dict[str, Any]:
     try:
         newer = Version(version) > Version(hf_mla.__version__)
         # As one of the installed version, or it would advise to do what is being done.
-        config = config_class.from_dict(before | {"hf_mla_version": hf_mla.__version__})
+        fields = before | {"hf_mla_version": hf_mla.__version__}
+        if converted and Version(version) < Version("0.2"):  # which converted no model that rotates a part of its heads
+            fields["source_rope_dim"] = before["qk_nope_head_dim"]
+        config = config_class.from_dict(fields)
     except InvalidVersion:
         raise UserError(f"{out}/config.json names hf_mla_version {version!r}, which is none; write 0.1.0 there") from None
     except Exception as error:  # the library raises many types for a bad value
@@ -102,7 +106,7 @@ def refreshed(before: dict[str, Any], out: str) -> dict[str, Any]:
         raise UserError(
             f"{out} was written by hf_mla {version}, newer than the {hf_mla.__version__} installed; upgrade hf_mla to refresh it"
         )
-    ours = {name: getattr(config, name) for name in (*(field.name for field in fields(MLAConfigMixin)), *DERIVED)}
+    ours = {name: getattr(config, name) for name in (*(field.name for field in dataclasses.fields(MLAConfigMixin)), *DERIVED)}
     ours["auto_map"] = {
         **before.get("auto_map", {}),
         **auto_map(config_class.__name__.removesuffix("Config")),

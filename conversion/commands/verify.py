@@ -132,12 +132,15 @@ def check_pair(converted: Checkpoint, source: Checkpoint) -> None:
     pairs.append(("qk_nope_head_dim", config.qk_nope_head_dim, source_head_dim(original)))
     if rotary_width(original) % config.qk_rope_head_dim:
         pairs.append(("qk_rope_head_dim", config.qk_rope_head_dim, rotary_width(original)))
-    else:  # a narrower RoPE may be said in other words
+    else:
         expected = mla_config(original, config.kv_lora_rank, config.qk_rope_head_dim, "float32")
         pairs.append(("rope_parameters", config.rope_parameters, expected.rope_parameters))
     for key, here, there in pairs:
         if here != there:
-            raise UserError(f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model")
+            hint = "; for another context, change rope_parameters in config.json of both" if key == "rope_parameters" else ""
+            raise UserError(
+                f"{converted.name} has {key} {here}, {source.name} has {there}: it was converted from another model{hint}"
+            )
 
 
 def context_windows(ids: Tensor, context: int, begin: int | None = None) -> list[Tensor]:
@@ -212,7 +215,10 @@ def choose_lengths(needle: bool, lengths: Sequence[int] | None, context: int) ->
         return [min(SHORTEST, context) << i for i in range(max(1, (context // SHORTEST).bit_length()))]
     for length in lengths:
         if length > context:
-            raise UserError(f"--needle-lengths has {length}; the model was trained for {context}: give at most that")
+            raise UserError(
+                f"--needle-lengths has {length}; the model was trained for {context}: give at most that, or write "
+                "max_position_embeddings and rope_parameters (YaRN) of a longer context into config.json of both models"
+            )
     return sorted({*lengths})
 
 

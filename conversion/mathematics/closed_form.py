@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 import hf_mla
-from hf_mla.layer_mla import MLAAttention
+from hf_mla.configuration_mla import ropes
+from hf_mla.layer_mla import MLAAttention, rope_factor
 
 from ..source.attention import Norm, read
-from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, ropes, source_head_dim
+from ..source.families import FAMILIES, has_biases, key_norms, kv_heads, rotary_width, source_head_dim
 from .factorize import factorize
-from .ladder import narrowed
 from .moments import LayerMoments
 from .rotary import principal_components, rotary_queries, split_keys
 
@@ -63,8 +63,7 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
         fields.pop(key, None)
     fields |= {"architectures": [f"{family.mla}ForCausalLM"], "dtype": dtype}
     fields["attention_bias"] = has_biases(source)
-    rope = {kind: narrowed(source, kind, rope_dim) for kind in ropes(source)}
-    fields["rope_parameters"] = rope.get(None, rope)
+    factors: dict[Any, float] = {kind: rope_factor(source, kind) for kind in ropes(source)}
     if family.joint_norm:
         fields["key_norm_width"] = kv_heads(source) * source_head_dim(source)
     return getattr(hf_mla, f"{family.mla}Config")(
@@ -74,6 +73,8 @@ def mla_config(source: Any, rank: int, rope_dim: int, dtype: str, qk_norm: str =
         qk_nope_head_dim=source_head_dim(source),
         v_head_dim=source_head_dim(source),
         num_key_norms=key_norms(source, qk_norm),
+        source_rope_dim=rotary_width(source),
+        source_rope_factor=factors.get(None, factors),
         kv_a_layernorm_eps=IDENTITY_NORM_EPS,
     )
 

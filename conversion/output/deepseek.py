@@ -64,6 +64,10 @@ def refusal(config: Any) -> str | None:
         return (
             f"rope type {rope_type} scales the frequencies; the layout has only theta, and engines take all else for YaRN; {served}"
         )
+    if config.source_rope_dim is not None and config.source_rope_factor != 1:
+        return (
+            "weights hold the factor of a RoPE that rope_parameters had at conversion; give the original these, and convert again"
+        )
     if config.kv_a_layernorm_eps >= 1 and str(config.dtype).removeprefix("torch.") == "float16":
         return (
             "it is in closed form and in float16, in which latents as small as they must be are zero; convert with --dtype bfloat16"
@@ -87,8 +91,9 @@ def has_plain_frequencies(config: Any) -> bool:
     if rope["rope_type"] not in ("linear", "llama3"):
         return rope["rope_type"] == "default"
     frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    frequencies = frequencies[:: config.head_dim // config.qk_rope_head_dim].float()
     pairs = torch.arange(len(frequencies)) * 2 / config.qk_rope_head_dim
-    return scale == 1 and torch.allclose(frequencies.float(), rope["rope_theta"] ** -pairs, rtol=1e-5, atol=0)
+    return scale == 1 and torch.allclose(frequencies, rope["rope_theta"] ** -pairs, rtol=1e-5, atol=0)
 
 
 def widths_of(config: Any, least: Widths | None = None) -> Widths:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_mla.configuration_mla import rotates
+from hf_mla.configuration_mla import layer_type, rotates
+from hf_mla.layer_mla import rope_factor
 
-from .families import FAMILIES, kv_heads, layer_type, rope_factor, rotary_width, source_head_dim
+from .families import FAMILIES, kv_heads, rotary_width, source_head_dim
 
 
 class Projection(NamedTuple):

@@ -6,7 +6,7 @@ What cannot be converted exactly or honestly is refused at once, with the reason
 
 from typing import Any
 
-from hf_mla.configuration_mla import FAMILIES
+from hf_mla.configuration_mla import FAMILIES, ropes
 
 from ..errors import UserError
 
@@ -17,8 +17,7 @@ QK_NORM_VARIANTS = ("exact", "fold")
 # "aya_vision", for example: it leaves out Cohere 2's `logit_scale`.)
 WRAPPERS = ("llava", "llava_next", "llava_onevision", "vipllava", "mistral3", "gemma3", "internvl")
 
-# Of these, a narrower RoPE can be made to turn as the first of every fold group does: see `ladder.narrowed`.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def source_head_dim(config: Any) -> int:
@@ -29,25 +28,6 @@ def source_head_dim(config: Any) -> int:
 def kv_heads(config: Any) -> int:
     """How many key/value heads a source has; not every family has the number in its configuration."""
     return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def ropes(config: Any) -> dict[str | None, dict[str, Any]]:
-    """The parameters of RoPE for each type of layers that has its own; under None where all layers have the same."""
-    parameters = config.rope_parameters
-    return {None: parameters} if "rope_type" in parameters else parameters
-
-
-def layer_type(config: Any, layer_idx: int) -> str | None:
-    """Under what a layer's RoPE is in `ropes`."""
-    return None if "rope_type" in config.rope_parameters else config.layer_types[layer_idx]
-
-
-def rope_factor(config: Any, kind: str | None) -> float:
-    """What the cosines and sines of one of `ropes` are multiplied by."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    name = ropes(config)[kind]["rope_type"]
-    return 1.0 if name == "default" else ROPE_INIT_FUNCTIONS[name](config, layer_type=kind)[1]
 
 
 def rotary_width(config: Any) -> int:
@@ -127,8 +107,6 @@ def refusal(config: Any) -> str | None:
     if config.max_position_embeddings < 2:
         return f"max_position_embeddings is {config.max_position_embeddings}; it must be at least 2"
     for rope in ropes(config).values():
-        if rope["rope_type"] == "dynamic":
-            return "rope type 'dynamic' changes its base with the length of the text, and not as a narrower RoPE would"
         if rope["rope_type"] not in ROPE_TYPES:
             return f"rope type {rope['rope_type']!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
     width = source_head_dim(config)

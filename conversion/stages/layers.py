@@ -26,6 +26,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_mla.configuration_mla import layer_type
 from hf_mla.layer_mla import MLAAttention, rotary_embedding
 
 from ..errors import UserError
@@ -38,7 +39,6 @@ from ..mathematics.survey import advance, gradient_moments, layer_inputs, survey
 from ..output.progress import layer_file, save_layer, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
 from ..source.attention import attention_of
-from ..source.families import layer_type
 from ..source.loading import compute_dtype
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
