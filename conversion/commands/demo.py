@@ -41,8 +41,9 @@ def demo(*, out: str | None = None) -> DemoReport:
         folder = out if out is not None else str(Path(scratch) / "demo-mla")
         source = str(BUNDLED / "model")
         try:
-            sizes = {"kv_lora_rank": 44, "qk_rope_head_dim": 16}
-            converted = convert(source, folder, **sizes, calibration=BUNDLED_NAME, steps=STEPS, device="cpu")
+            converted = convert(
+                source, folder, kv_lora_rank=44, qk_rope_head_dim=16, calibration=BUNDLED_NAME, steps=STEPS, device="cpu"
+            )
         except UserError as error:  # its advice is for `convert`
             what, _, advice = str(error).partition("; ")
             advice = (
