@@ -47,6 +47,16 @@ def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], text:
     axes.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.7, text, ha="center", va="bottom", fontsize=8)
 
 
+def chain(axes: Any, y: float, *boxes: tuple[float, float, str, str, bool]) -> None:
+    """Boxes at one height, each (x, width, text, colour, weight), with an arrow from each to the next."""
+    end = None
+    for x, width, text, colour, weight in boxes:
+        if end is not None:
+            arrow(axes, (end, y + 3), (x, y + 3))
+        box(axes, x, y, width, 6, text, colour, weight=weight)
+        end = x + width
+
+
 def title(axes: Any, x: float, y: float, text: str, colour: str = GREY) -> None:
     """A heading."""
     axes.text(x, y, text, fontsize=10.5, fontweight="bold", color=colour, va="center")
@@ -85,26 +95,27 @@ def absorption() -> Figure:
     """One step of decoding over S cached tokens: keys and values formed again, and not formed at all."""
     figure, axes = canvas(104, 50)
     title(axes, 1, 48, "Expanded: kv_b_proj is applied to all S cached latents, in every step")
-    box(axes, 1, 37, 16, 6, f"latents [S, {R}]\n(cached)", ORANGE)
-    arrow(axes, (17, 40), (22, 40))
-    box(axes, 22, 37, 18, 6, f"kv_b_proj\n[{H} x ({N} + {V}), {R}]", ORANGE, weight=True)
-    arrow(axes, (40, 40), (45, 40))
-    box(axes, 45, 37, 23, 6, f"k_nope [S, {H}, {N}]\nvalues [S, {H}, {V}]", ORANGE)
-    arrow(axes, (68, 40), (73, 40))
-    box(axes, 73, 37, 13, 6, "softmax of\nq . k", GREY)
-    arrow(axes, (86, 40), (91, 40))
-    box(axes, 91, 37, 12, 6, f"output\n[{H}, {V}]", GREY)
+    chain(
+        axes,
+        37,
+        (1, 16, f"latents [S, {R}]\n(cached)", ORANGE, False),
+        (22, 18, f"kv_b_proj\n[{H} x ({N} + {V}), {R}]", ORANGE, True),
+        (45, 23, f"k_nope [S, {H}, {N}]\nvalues [S, {H}, {V}]", ORANGE, False),
+        (73, 13, "softmax of\nq . k", GREY, False),
+        (91, 12, f"output\n[{H}, {V}]", GREY, False),
+    )
     axes.text(1, 34.3, f"a cached token and head: {R} x ({N} + {V}) = {R * (N + V):,} multiplications, "
               f"then {N + P + V} for attention", fontsize=8.5, va="center")  # fmt: skip
 
     title(axes, 1, 28.5, "Absorbed: W_UK goes to the query and W_UV to the output; the latents are key and value of all heads")
-    box(axes, 1, 17, 16, 6, f"q_nope\n[{H}, {N}]", GREY)
-    arrow(axes, (17, 20), (22, 20))
-    box(axes, 22, 17, 18, 6, f"W_UK\n[{H}, {N}, {R}]", TEAL, weight=True)
-    arrow(axes, (40, 20), (45, 20))
-    box(axes, 45, 17, 23, 6, f"query [{H}, {R} + {P}]\n(with q_rope)", TEAL)
-    arrow(axes, (68, 20), (73, 20))
-    box(axes, 73, 17, 13, 6, "softmax of\nq . c", GREY)
+    chain(
+        axes,
+        17,
+        (1, 16, f"q_nope\n[{H}, {N}]", GREY, False),
+        (22, 18, f"W_UK\n[{H}, {N}, {R}]", TEAL, True),
+        (45, 23, f"query [{H}, {R} + {P}]\n(with q_rope)", TEAL, False),
+        (73, 13, "softmax of\nq . c", GREY, False),
+    )
     box(axes, 45, 6, 23, 6, f"latents [S, {R} + {P}]\n(cached, with k_rope)", TEAL)
     arrow(axes, (68, 10), (76, 17))
     arrow(axes, (82, 17), (82, 12))

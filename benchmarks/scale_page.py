@@ -56,7 +56,7 @@ def heal(report: dict[str, Any]) -> str:
             rows.append(
                 [
                     titles[found["model"]],
-                    found["train"] + "".join(f", {word}" for word in ("killed",) if word in name),
+                    found["train"] + (", killed" if "killed" in name else ""),
                     found["processes"],
                     f"{found['tokens_per_second']:,.0f}",
                     "-" if speedup is None else f"x {speedup:.2f}",

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import UserError
+from ..source.families import experts_per_token
 from ..source.loading import head_of
 from ..source.shards import save_file
 from .measures import perplexity
@@ -132,7 +133,7 @@ class DistillationTrainer(Trainer):
         if self.args.device.type == "cuda" and not self.is_deepspeed_enabled:  # which gathers weights in hooks of its own
             # Elementwise work is most of a step of a small model. One layer is compiled, and serves for all.
             self._divergence = torch.compile(divergence, dynamic=False)
-            if not getattr(self.teacher.config, "num_experts_per_tok", None):  # whose products in float32 cannot be compiled
+            if not experts_per_token(self.teacher.config):  # whose products in float32 cannot be compiled
                 for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
                     layer.compile(dynamic=False)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from hf_mla.configuration_mla import slides
 
+from ..source.families import experts_per_token
 from ..source.matching import ModelCheckpoint
 from ..source.shards import TORCH_NAMES, TensorHeader
 from .gguf_vocabulary import tokenizer_refusal
@@ -44,7 +45,7 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 def refusal(config: Any) -> str | None:
     """Why a converted model cannot be written in this layout, by its configuration, or None if it can."""
     served = "vLLM serves the converted checkpoint itself"
-    if getattr(config, "num_experts_per_tok", None):
+    if experts_per_token(config):
         return f"it is a mixture of experts ({config.model_type}); only dense models are written in this layout"
     if config.model_type not in LIKE_DEEPSEEK:
         return f"layers of {config.model_type!r} are not those of the layout; it holds {', '.join(LIKE_DEEPSEEK)}"

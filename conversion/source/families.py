@@ -35,9 +35,14 @@ def rotary_width(config: Any) -> int:
     return int(source_head_dim(config) * next(iter(ropes(config).values())).get("partial_rotary_factor", 1.0))
 
 
+def experts_per_token(config: Any) -> int:
+    """To how many experts a token goes; 0 where there are none."""
+    return getattr(config, "num_experts_per_tok", None) or 0
+
+
 def mlp_width(config: Any) -> int:
     """How many numbers a token becomes inside of the widest MLP: of all experts that it goes to, where there are some."""
-    experts = getattr(config, "num_experts_per_tok", None)
+    experts = experts_per_token(config)
     if not experts:
         return config.intermediate_size
     routed = experts * getattr(config, "moe_intermediate_size", config.intermediate_size)

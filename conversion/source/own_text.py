@@ -31,7 +31,7 @@ from hf_mla.cache_mla import CACHE_NAME
 
 from ..errors import UserError
 from .checkpoint import Checkpoint
-from .families import kv_heads
+from .families import experts_per_token, kv_heads
 from .loading import compute_dtype, free_memory, head_of, load_model
 from .shards import load_file, save_file
 from .tokenizer import first_token
@@ -274,7 +274,7 @@ def write_text(model: Any, tokenizer: Any, count: int, length: int, seed: int, w
     before, model.config._attn_implementation = model.config._attn_implementation, GROUPED
     replay = step
     # Without tensor cores the library's experts are multiplied one by one, and how many tokens each has is looked at on the CPU.
-    whole = device.type == "cuda" and not (getattr(model.config, "num_experts_per_tok", None) and model.dtype == torch.float32)
+    whole = device.type == "cuda" and not (experts_per_token(model.config) and model.dtype == torch.float32)
     try:
         with sdpa_kernel(ATTENTION):
             for place in range(length):
