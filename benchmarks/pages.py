@@ -88,8 +88,7 @@ def real_model(result: dict[str, Any]) -> str:
         seconds = "-" if conversion["seconds"] is None else f"{conversion['seconds']:,.0f}"
         costs = [*(ratios.get(place, "-") for place in places), scores, seconds]
         ratio = conversion["kv_ratio"]
-        numbers = f"{cache(conversion)} of {(conversion['kv_lora_rank'] + conversion['qk_rope_head_dim']) / ratio:.0f}"
-        rows.append([numbers, f"-{100 * (1 - ratio):.4g} %", stage(conversion, conversions), *costs])
+        rows.append([f"{cache(conversion)} of {conversion['kv_floats_per_token_per_layer']['source']}", f"-{100 * (1 - ratio):.4g} %", stage(conversion, conversions), *costs])
     tokens = f"{first['texts'][0]['tokens']:,} tokens each, {result['device']}"
     perplexities = ", ".join(
         f"{title} {originals[place]:.2f}" for title, place in zip(titles, places, strict=True) if place in originals
@@ -173,6 +172,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": bench,
     "decode_kernel": decode_kernel,
+    "gemma": real_model,
     "native_model": native_model,
     "real_model": real_model,
     "tasks": tasks,

@@ -121,6 +121,7 @@ def measure(options: argparse.Namespace) -> None:
         keys = (
             "kv_lora_rank",
             "qk_rope_head_dim",
+            "kv_floats_per_token_per_layer",
             "kv_ratio",
             "seconds",
             "window",
@@ -132,6 +133,8 @@ def measure(options: argparse.Namespace) -> None:
         )
         entry = {"name": folder.name} | made | {key: record["report"].get(key) for key in keys}
         entry["calibrated_on"] = entry.pop("texts")
+        if entry["end_to_end"] is None:  # or it gained nothing
+            entry["heal_tokens"] = 0
         results["conversions"].append(entry)
         with torch.no_grad():
             entry["texts"] = [

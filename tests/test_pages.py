@@ -45,6 +45,7 @@ def conversion(latent, tokens=0, seed=0, ratios=(), **more):
         for (text, window), ratio in zip(places, ratios, strict=False)
     ]
     made = {"kv_lora_rank": latent, "qk_rope_head_dim": 32, "kv_ratio": (latent + 32) / 384, "heal_tokens": tokens, "seed": seed}
+    made["kv_floats_per_token_per_layer"] = {"source": 384, "converted": latent + 32}
     stage = {"layers_alone": None, "end_to_end": None, "frontier": None}
     return made | stage | {"texts": texts, "tasks": {}, "seconds": 412.4} | more
 
