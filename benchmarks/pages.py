@@ -88,7 +88,14 @@ def real_model(result: dict[str, Any]) -> str:
         seconds = "-" if conversion["seconds"] is None else f"{conversion['seconds']:,.0f}"
         costs = [*(ratios.get(place, "-") for place in places), scores, seconds]
         ratio = conversion["kv_ratio"]
-        rows.append([f"{cache(conversion)} of {conversion['kv_floats_per_token_per_layer']['source']}", f"-{100 * (1 - ratio):.4g} %", stage(conversion, conversions), *costs])
+        rows.append(
+            [
+                f"{cache(conversion)} of {conversion['kv_floats_per_token_per_layer']['source']}",
+                f"-{100 * (1 - ratio):.4g} %",
+                stage(conversion, conversions),
+                *costs,
+            ]
+        )
     tokens = f"{first['texts'][0]['tokens']:,} tokens each, {result['device']}"
     perplexities = ", ".join(
         f"{title} {originals[place]:.2f}" for title, place in zip(titles, places, strict=True) if place in originals

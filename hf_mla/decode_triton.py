@@ -95,9 +95,12 @@ def split_kernel(
         live = tokens < stop
         c = tl.load(latent + tokens[:, None] * latent_s + r[None, :], mask=live[:, None] & (r < R)[None, :], other=0.0)
         k_rope = tl.load(rest + tokens[:, None] * rest_s + p[None, :], mask=live[:, None] & (p < P)[None, :], other=0.0)
-        if QUANTIZED:
-            c = c.to(q.dtype) * tl.load(rest + tokens * rest_s + P + NORMS, mask=live, other=0.0)[:, None]
+        if QUANTIZED:  # codes lose nothing in any type; the tokens' scales go to scores and weights
+            c = c.to(q.dtype)
+            token_scale = tl.load(rest + tokens * rest_s + P + NORMS, mask=live, other=0.0).to(tl.float32)[None, :]
         scores = tl.dot(q, tl.trans(c), input_precision="ieee")
+        if QUANTIZED:
+            scores *= token_scale
         scores = tl.dot(q_rope, tl.trans(k_rope), scores, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if NORMS:
             norm = rest + tokens[None, :] * rest_s + P + (rows // T // heads_per_norm)[:, None]
@@ -119,6 +122,8 @@ def split_kernel(
         fade = tl.exp2(largest - shift)
         largest = new_largest
         total = total * fade + tl.sum(weights, 1)
+        if QUANTIZED:
+            weights *= token_scale
         context = tl.dot(weights.to(c.dtype), c, context * fade[:, None], input_precision="ieee")
 
     context *= tl.where(total > 0, 1 / total, 0.0)[:, None]

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,25 @@ def test_survey_equals_the_librarys_own_backward_pass(tmp_path, family, changes)
         for name, measured in zip(("keys", "values"), gradient_moments(tmp_path, index, torch.device("cpu")), strict=True):
             expected = totals[index, name]
             assert (measured - expected).norm() < 1e-3 * expected.norm(), (index, name)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])
+def test_one_compiled_step_serves_all_layers(tmp_path, monkeypatch, family):
+    source, reports, graphs = make_source(tmp_path / "source", family, num_hidden_layers=3, **FAMILIES[family]), [], []
+    compile_with = torch.compile
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_with(function, dynamic=False, backend=backend))
+    for compiled in (math.inf, 12):
+        monkeypatch.setitem(layers_module.SCALES, "cpu", replace(layers_module.SCALES["cpu"], compiled=compiled))
+        amounts = {"calibration_tokens": 4096, "window": 128, "steps": 4, "heal_tokens": 0, "overwrite": True}
+        reports.append(convert(source, str(tmp_path / "out"), kv_lora_rank=24, qk_rope_head_dim=16, device="cpu", **amounts))
+        assert len(graphs) == (compiled == 12)
+    for plain, other in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert math.isclose(plain.error_reconstructed, other.error_reconstructed, rel_tol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen3"])

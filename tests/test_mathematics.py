@@ -1,9 +1,11 @@
-"""The closed forms against their definitions, in float64."""
+"""The closed forms against their definitions, in float64; the optimizer of what is fitted against torch's."""
 
+import pytest
 import torch
 
 from hf_mla_conversion.mathematics.factorize import factorize, matrix_square_root
 from hf_mla_conversion.mathematics.moments import OutputFit
+from hf_mla_conversion.mathematics.muon import Muon
 from hf_mla_conversion.mathematics.rotary import principal_components, rotary_queries, split_keys, to_complex, to_real
 
 
@@ -103,3 +105,20 @@ def test_output_fit_leaves_an_exact_layer_alone():
     fit = OutputFit(weight)
     fit.add(heads, torch.zeros(1, 50, 6, dtype=torch.float64))
     assert torch.equal(fit.solve(), weight)
+
+
+@pytest.mark.parametrize("dim, shape", [(0, (48, 20)), (1, (20, 48)), (0, (24, 96))])
+def test_muon_is_torchs_on_each_part(dim, shape):
+    whole = torch.nn.Parameter(torch.randn(shape))
+    alone = [torch.nn.Parameter(part.clone()) for part in whole.detach().chunk(4, dim)]
+    ours = Muon([{"params": [whole], "lr": 0.1, "parts": (4, dim)}], momentum=0.85)
+    theirs = torch.optim.Muon(alone, lr=0.1, momentum=0.85, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    start = whole.detach().clone()
+    for _ in range(3):
+        whole.grad = torch.randn(shape)
+        for part, gradient in zip(alone, whole.grad.chunk(4, dim), strict=True):
+            part.grad = gradient.contiguous()
+        ours.step()
+        theirs.step()
+    moved, expected = whole.detach() - start, torch.cat(alone, dim).detach() - start
+    assert (moved - expected).norm() < 0.02 * expected.norm()  # bfloat16, in another order

@@ -6,7 +6,7 @@ each other, so one is in memory at a time. docs/reconstruction.md has the measur
 
 * A token's weight w is 1 over the mean square of the residual stream that y is added to, y included: so the next norm sees it, and
   the huge hidden states of a few tokens count no more than others. Where y is normed or multiplied before, to z, so is its error.
-* Matrices move by Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), vectors by Adam.
+* Matrices move by Muon, each head's part by itself (`muon.py`), vectors by Adam.
 * Step sizes are relative: a matrix's is a share of the root mean square of its own entries, so that no model needs its own.
 * A sequence's first token sees nothing but itself, and what attention makes of it decides whether all others rest theirs on it (a
   sink). Few tokens of a text come first, so many are taken as if they did, each alone, with a share of the loss.
@@ -26,6 +26,7 @@ from hf_mla.layer_mla import MLAAttention
 from ..source.attention import added, attend
 from .closed_form import keep_closed_form
 from .moments import OutputFit, hooks, second_moment
+from .muon import Muon
 
 
 NORM_EPS = 1e-6  # of the norm on the latent, as in DeepSeek's models
@@ -50,6 +51,7 @@ class LayerTask:
         position_embeddings: of the converted layer, for one sequence.
         device: where to compute.
         first: the same layer on tokens that each come first in a sequence.
+        compiled: whether to compile what a step computes of the converted layer; the first compiled serves all layers.
     """
 
     def __init__(
@@ -60,12 +62,15 @@ class LayerTask:
         position_embeddings: Any,
         device: torch.device,
         first: "LayerTask | None" = None,
+        compiled: bool = False,
     ) -> None:
         self.layer, self.call, self.states, self.device, self.first = layer, call, states, device, first
         self.position_embeddings = position_embeddings
+        self.place = {name: call.get(name) for name in ("attention_mask", "position_ids")}
         self.wide = torch.promote_types(states.dtype, torch.float32)
-        # The weights that are fitted are wider than bfloat16; what is computed with them need not be.
-        self.precision = torch.autocast(device.type, torch.bfloat16, enabled=states.dtype == torch.bfloat16)
+        self.rounds = states.dtype == torch.bfloat16
+        # Processes must come to the same bytes: how sums are cut may not be a matter of what was timed.
+        self.step_error = torch.compile(self.wrong, dynamic=False, options={"shape_padding": False}) if compiled else self.wrong
 
     @torch.no_grad()
     def batch(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,9 +106,13 @@ class LayerTask:
 
     def output(self, mla: MLAAttention, x: Tensor) -> Tensor:
         """What the converted layer makes of x [B, T, D]; in float32 or wider."""
-        with self.precision:
-            place = {name: self.call.get(name) for name in ("attention_mask", "position_ids")}
-            return mla(x, self.position_embeddings, **place)[0].to(self.wide)
+        # The weights that are fitted are wider than bfloat16; what is computed with them need not be.
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.rounds):
+            return mla(x, self.position_embeddings, **self.place)[0].to(self.wide)
+
+    def wrong(self, mla: MLAAttention, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        """Sum of the weighted squared errors of the converted layer's output on a batch, with what `batch` returns."""
+        return ((self.output(mla, x) - y).square() * w).sum()
 
     @torch.no_grad()
     def error(self, mla: MLAAttention, parts: Iterable[Tensor]) -> float:
@@ -200,6 +209,14 @@ def fit_layer(
     return error, kept
 
 
+def heads_in(mla: MLAAttention, name: str) -> tuple[int, int]:
+    """Into how many parts a matrix falls by heads, and along which dimension; keys and values of a head are two."""
+    heads = mla.config.num_attention_heads
+    assert mla.qk_nope_head_dim == mla.v_head_dim
+    counts = {"q_proj": heads, "k_proj": mla.num_key_norms, "kv_b_proj": 2 * heads, "o_proj": heads}
+    return counts.get(name.split(".")[0], 1), int(name.startswith("o_proj"))
+
+
 def reconstruct(
     mla: MLAAttention, task: LayerTask, order: Tensor, held: Sequence[Tensor], slower: float = 1.0
 ) -> tuple[float, int]:
@@ -220,9 +237,10 @@ def reconstruct(
         parameter.requires_grad_(True)
         weight = mla.get_parameter(name.replace("bias", "weight")).detach()
         rate = slower * RATE * (LATENT_RATE if name.startswith("kv_a_proj") else 1.0) * weight.square().mean().sqrt().item()
-        groups[parameter.ndim].append({"params": [parameter], "lr": rate})
+        parts = {"parts": heads_in(mla, name)} if parameter.ndim == 2 else {}
+        groups[parameter.ndim].append({"params": [parameter], "lr": rate, **parts})
     optimizers = [
-        torch.optim.Muon(groups[2], momentum=MOMENTUM, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(groups[2], MOMENTUM),
         torch.optim.Adam(groups[1], betas=(0.9, 0.95)),
     ]
     steps, warmup = len(order), math.ceil(WARMUP * len(order))
@@ -240,13 +258,12 @@ def reconstruct(
     for step, windows in enumerate(order, 1):
         x, y, w = task.batch(windows)
         if energy is None:
-            energy = (y.square() * w).mean().clamp_min(TINY)
+            energy = (y.square() * w).sum().clamp_min(TINY)
         with torch.enable_grad():
-            loss = ((task.output(mla, x) - y).square() * w).mean() / energy
+            loss = task.step_error(mla, x, y, w) / energy
             if first is not None and step % FIRST_EVERY == 0:
                 x, y, w = first.batch(first_order[step // FIRST_EVERY - 1])
-                wrong = ((first.output(mla, x) - y).square() * w).sum()
-                loss = loss + FIRST_EVERY * FIRST_SHARE * wrong / (y.square() * w).sum().clamp_min(TINY)
+                loss = loss + FIRST_EVERY * FIRST_SHARE * first.wrong(mla, x, y, w) / (y.square() * w).sum().clamp_min(TINY)
             loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()

@@ -207,6 +207,7 @@ class Job:
         if not left:
             return
         folder.mkdir(exist_ok=True)
+        torch.compiler.reset()  # what is left of another size counts against what may be compiled
         entering = HiddenStates(self, processes)
         with tqdm(total=len(self.stream), initial=len(self.stream) - len(left), desc="converting", unit="layer") as progress:
             for turn in (left[start : start + count] for start in range(0, len(left), count)):
@@ -222,7 +223,9 @@ class Job:
 
     def convert_and_save(self, index: int, layer: Any, states: Tensor, firsts: Tensor, config: Any) -> None:
         """Convert a layer to its file, with what `convert_layer` takes."""
-        mla, report, spectrum = self.convert_layer(index, layer, states, config, self.train, self.held, self.steps, firsts)
+        compiled = self.steps * len(self.stream) >= self.scale.compiled
+        arguments = states, config, self.train, self.held, self.steps, firsts
+        mla, report, spectrum = self.convert_layer(index, layer, *arguments, compiled=compiled)
         stored, weights = stored_type(config), {}
         for name, tensor in mla.state_dict().items():
             # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
@@ -240,6 +243,8 @@ class Job:
         held: dict[str, Tensor],
         steps: int,
         firsts: Tensor | None = None,
+        *,
+        compiled: bool = False,
     ) -> tuple[MLAAttention, LayerReport, Tensor]:
         """Convert one layer. Kept is what has the least error on held-back text: the fit, at its end or before, or the closed form.
 
@@ -252,11 +257,12 @@ class Job:
             held: windows of each text to measure errors on, by its name.
             steps: of reconstruction.
             firsts: hidden states that enter it, of tokens that each come first in a sequence [sequences, tokens, D].
+            compiled: as for `LayerTask`.
 
         Returns:
             The converted attention, its errors, and its spectrum.
         """
-        task, window = self.task(index, layer, states, config, firsts), states.shape[1]
+        task, window = self.task(index, layer, states, config, firsts, compiled), states.shape[1]
         fit = interleaved(train)[: max(1, self.scale.fit // window)].split(self.batch)
         judges = torch.cat(list(held.values())).split(self.batch)
         moments = LayerMoments(task.input_moment(fit), *gradient_moments(self.folder, index, self.device))
@@ -274,13 +280,13 @@ class Job:
         by_text = {name: task.error(mla, windows.split(self.batch)) for name, windows in held.items()}
         return mla, LayerReport(index, max(0.0, 1 - closed), closed, reconstructed, kept, by_text), spectrum
 
-    def task(self, index: int, layer: Any, states: Tensor, config: Any, firsts: Tensor | None) -> LayerTask:
+    def task(self, index: int, layer: Any, states: Tensor, config: Any, firsts: Tensor | None, compiled: bool) -> LayerTask:
         """What the converted layer is to do, with what `convert_layer` takes."""
         rotation, first = self.rotation(config, index, states), None
         if firsts is not None:
             cut = tuple(part[:, : firsts.shape[1]] for part in rotation)
             first = LayerTask(layer, self.alone[index], firsts, cut, self.device)
-        return LayerTask(layer, self.stream.calls[index], states, rotation, self.device, first)
+        return LayerTask(layer, self.stream.calls[index], states, rotation, self.device, first, compiled)
 
     def rotation(self, config: Any, index: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for a layer of a converted model, for one sequence as long as those of hidden states."""
