@@ -28,6 +28,7 @@ parser.add_argument("--parts", default="convert,heal,decode,batching,serve,long,
 parser.add_argument("--gpus", type=int, help="how many to use (all; without GPUs 2 processes)")
 parser.add_argument("--seconds", type=float, default=400.0)
 parser.add_argument("--layers", type=int, default=4, help="of the 32 of a Llama-3-8B that is converted")
+parser.add_argument("--part", type=int, help="of these layers, after which the conversion on one GPU is ended (none)")
 parser.add_argument("--steps", type=int, help="of the conversion of a layer (its default)")
 parser.add_argument("--requests", type=int, default=2000)
 parser.add_argument("--work", default="/tmp/scale", help="a folder for models and logs; emptied")
@@ -43,7 +44,8 @@ def everything(runs: Runs) -> None:
         return [*steps] if part in parts else []
 
     write_texts(runs)
-    make_8b = ("make-8b", convert.make_llama(runs, "8b", runs.arguments.layers, "llama-8b"))
+    make_source = ("make-source", convert.make_llama(runs, "8b", runs.arguments.layers, convert.SOURCE))
+    make_8b = ("make-8b", convert.make_llama(runs, "8b", 4, "llama-8b"))
     make_1b = ("make-1b", convert.make_llama(runs, "1b", 4 if runs.tiny else 16, "llama-1b"))
     closed_8b = ("make-8b-mla", convert.closed_form(runs, "llama-8b", "8b-mla"))
     closed_1b = ("make-1b-mla", convert.closed_form(runs, "llama-1b", "1b-mla"))
@@ -52,24 +54,31 @@ def everything(runs: Runs) -> None:
     serve, long = lane("serve", ("serve", partial(decode.serve, runs))), lane("long", ("long", partial(decode.long, runs)))
 
     # What one GPU does.
-    conversion = [make_8b] if parts & {"convert", "heal", "plan"} else []
+    conversion = [make_source] if parts & {"convert", "plan"} else []
     conversion += lane("convert", ("convert-1", convert.converted(runs, "convert-1", 1)))
     conversion += lane("plan", ("plan", partial(convert.planned, runs)))
     decoding = [make_wide] if parts & {"decode", "batching"} else []
-    decoding += lane("decode", ("decode-1", decode.decoded(runs, 1))) + long
+    decoding += lane("decode", ("decode-1", decode.decoded(runs, 1)))
+    decoding += batching + long if several == 1 else batching
     runs.lanes(
         (1, conversion),
         (1, lane("heal", make_1b, closed_1b, ("heal-1b-1", heal.healed(runs, "1b", 1)))),
         (1, decoding),
-        (1, lane("heal", closed_8b, ("heal-8b-1", heal.healed(runs, "8b", 1)))),
+        (1, lane("heal", make_8b, closed_8b, ("heal-8b-1", heal.healed(runs, "8b", 1)))),
     )
     if several == 1:
-        runs.lanes((1, batching), (1, serve))
+        runs.lanes((1, serve))
         return
 
     # What several do together; serving says nothing of speed, and so shares its GPU.
     runs.lanes((several, lane("convert", ("convert-n", convert.converted(runs, "convert-n", several)))))
     convert.compare(runs)
+    both = [(f"heal-{model}-{several}", heal.healed(runs, model, several)) for model in ("1b", "8b")]
+    if several > 2:
+        runs.lanes((several, lane("heal", *both)))
+        heal.compare(runs)
+        runs.lanes((several, lane("decode", (f"decode-{several}", decode.decoded(runs, several)))))
+    runs.lanes((2, lane("heal", *((f"heal-deepspeed-{stage}", heal.deepspeed(runs, stage)) for stage in (3, 2)))), (1, long))
     spread = ("decode-spread", decode.decoded(runs, 1, spread=True))
     runs.lanes(
         (2, lane("convert", ("convert-killed-and-resumed", convert.converted(runs, "convert-again", 2, kill=True)))),
@@ -78,17 +87,10 @@ def everything(runs: Runs) -> None:
     )
     convert.compare(runs)
     runs.lanes(*((2, lane("heal", (f"heal-{model}-2", heal.healed(runs, model, 2)))) for model in ("1b", "8b")))
-    if several > 2:
-        both = [(f"heal-{model}-{several}", heal.healed(runs, model, several)) for model in ("1b", "8b")]
-        runs.lanes((several, lane("heal", *both)))
     heal.compare(runs)
-    if several > 2:
-        runs.lanes((several, lane("decode", (f"decode-{several}", decode.decoded(runs, several)))))
     runs.lanes(
         (2, lane("heal", ("heal-8b-2-lora", heal.healed(runs, "8b", 2, train="lora")))),
         (2, lane("heal", ("heal-1b-2-killed", heal.healed(runs, "1b", 2, kill=True)))),
-        (2, lane("heal", *((f"heal-deepspeed-{stage}", heal.deepspeed(runs, stage)) for stage in (2, 3)))),
-        (1, batching),
     )
     heal.compare(runs)
 

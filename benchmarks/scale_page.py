@@ -20,25 +20,30 @@ PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 def convert(report: dict[str, Any]) -> str:
     """Conversions by one and by several processes, and one that was killed."""
     results, rows = report["results"], []
+    compared = results.get("convert-compared", {})
+    computed = compared.get("seconds_of_32_layers_computed", {})
     titles = {"convert-1": "1", "convert-n": "{}", "convert-killed-and-resumed": "{}, one killed, then again"}
     for name, title in titles.items():
         if (found := results.get(name)) is not None:
+            if ended := found.get("ended_after_layers"):
+                title += f", ended after {ended} layers"
             stages = (seconds(found.get(f"seconds_{stage}")) for stage in ("before", "survey", "layers", "after"))
-            whole = seconds(found.get("seconds_of_32_layers_computed"))
+            whole = seconds(computed.get(name.removeprefix("convert-")))
             memory = gigabytes(max(found["peak_gpu"])), gigabytes(found["peak_host"])
             rows.append([title.format(found["processes"]), seconds(found["seconds"]), *stages, whole, *memory])
     if not rows:
         return "not measured yet"
     header = ["GPUs", "seconds", "of them before", "survey", "layers", "after", "32 layers, computed", "GB of a GPU", "of the host"]
-    first = results.get("convert-1") or results["convert-n"]
-    what = f"{first['layers']} layers, {first['calibration_tokens']:,} tokens, {first['steps']} steps a layer"
-    text = f"{what}, {machine(report['machine'])}:\n\n{table(header, rows)}"
-    compared = results.get("convert-compared", {})
+    whole = next(results[name] for name in titles if "steps" in results.get(name, {}))
+    what = f"{whole['layers']} layers, {whole['calibration_tokens']:,} tokens, {whole['steps']} steps a layer"
+    text = f"{what}, {machine(report['machine'])}:\n\n{table(header, rows)}\n\n"
     if "speedup_of_32_layers_computed" in compared:
-        text += f"\n\nThe {compared['processes']} are x {compared['speedup']:.2f} as fast, "
-        text += f"with 32 layers x {compared['speedup_of_32_layers_computed']:.2f} (computed). "
+        text += (
+            f"With 32 layers, {compared['processes']} are x {compared['speedup_of_32_layers_computed']:.2f} as fast (computed). "
+        )
     if "same_bytes" in compared:
-        text += f"The bytes of all layers are {'the same' if compared['same_bytes'] else 'NOT the same'}."
+        same = "the same" if compared["same_bytes"] else "NOT the same"
+        text += f"The bytes of all converted layers, {compared['layers_compared']} compared, are {same}."
     if plan := results.get("plan"):
         counted, seen = gigabytes(plan["with_hidden_states"]), gigabytes(max(plan["measured_gpu"]))
         text += f"\n\n`plan` counts {counted} GB of a GPU, {seen} were seen."

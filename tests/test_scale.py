@@ -42,19 +42,22 @@ def test_conversions(script, tmp_path):
     made = {"layers": 4, "calibration_tokens": 2097152, "steps": 400, "peak_host": 3e9}
     stages = {"seconds_before": 20.0, "seconds_survey": 5.25, "seconds_layers": 70.0, "seconds_after": 8.0}
     results = {
-        "convert-1": made | stages | {"processes": 1, "seconds": 103.25, "peak_gpu": [3e10], "seconds_of_32_layers_computed": 640},
-        "convert-n": made | {"processes": 2, "seconds": 60.0, "peak_gpu": [2e10, 4e10], "seconds_of_32_layers_computed": 320.0},
+        "convert-1": made | stages | {"processes": 1, "seconds": 103.25, "peak_gpu": [3e10]},
+        "convert-n": made | {"processes": 2, "seconds": 60.0, "peak_gpu": [2e10, 4e10]},
         "convert-killed-and-resumed": made | {"processes": 2, "seconds": 50.0, "peak_gpu": [0, 0]},
-        "convert-compared": {"processes": 2, "speedup": 1.7208, "speedup_of_32_layers_computed": 2.0, "same_bytes": True},
+        "convert-compared": {"processes": 2, "speedup_of_32_layers_computed": 2.0, "same_bytes": True, "layers_compared": 4},
     }
+    results["convert-compared"]["seconds_of_32_layers_computed"] = {"1": 640, "n": 320.0}
     results["plan"] = {"with_hidden_states": 2.8e10, "measured_gpu": [3e10]}
     text = page(script, tmp_path, results)["convert"]
     assert "4 layers, 2,097,152 tokens, 400 steps a layer, 2 x Some GPU, torch 1.2" in text
     assert "| 1 | 103 | 20 | 5.2 | 70 | 8.0 | 640 | 30 | 3 |" in text
     assert "| 2 | 60 | - | - | - | - | 320 | 40 | 3 |" in text
     assert "| 2, one killed, then again | 50 | - | - | - | - | - | - | 3 |" in text
-    assert "x 1.72 as fast, with 32 layers x 2.00 (computed). The bytes of all layers are the same." in text
+    assert "With 32 layers, 2 are x 2.00 as fast (computed). The bytes of all converted layers, 4 compared, are the same." in text
     assert "`plan` counts 28 GB of a GPU, 30 were seen." in text
+    results["convert-1"]["ended_after_layers"] = 3
+    assert "| 1, ended after 3 layers | 103 | 20 |" in page(script, tmp_path, results)["convert"]
 
 
 def test_healing_and_decoding(script, tmp_path):

@@ -3,11 +3,16 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .runs import CONVERT, ROOT, Runs
+
+
+SOURCE = "llama-8b-to-convert"
+AFTER_ALONE = 1.45  # of two, of which one measures while the other writes: 12.0 s beside 8.3, with 4 layers
 
 
 def make_llama(runs: Runs, name: str, layers: int, folder: str) -> Callable[[list[int]], Any]:
@@ -30,14 +35,18 @@ def command(runs: Runs, source: str, out: str, processes: int, *more: str) -> li
 
 
 def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Callable[[list[int]], Any]:
-    """Convert the 8B layers; with `kill`, kill a process when half of the layers are done, and go on."""
+    """Convert the 8B layers.
+
+    With `kill`, a process is killed when half of the layers are done, and the same command goes on. With `--part`, one process is
+    ended after so many layers: what each of them takes is known by then.
+    """
 
     def measure(gpus: list[int]) -> dict[str, Any]:
-        runs.has("llama-8b")
-        words = command(runs, "llama-8b", out, processes)
+        runs.has(SOURCE)
+        words = command(runs, SOURCE, out, processes)
         watched = runs.work / f".{out}.incomplete"
-        found: dict[str, Any] = {"processes": processes}
-        half = max(1, runs.arguments.layers // 2)
+        found: dict[str, Any] = {"processes": processes, "layers": runs.arguments.layers}
+        half, part = max(1, runs.arguments.layers // 2), runs.arguments.part if processes == 1 else None
 
         def layers(marks: dict[str, float]) -> int:
             return sum("layer-" in mark for mark in marks)
@@ -47,15 +56,18 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
             found |= {"killed_after": first.killed, "exit_code": first.code, "seconds_until_it_ended": first.seconds}
             found["layers_kept"] = len([*watched.rglob("layer-*.safetensors")])
             found["output_there"] = (runs.work / out).exists()
-        ran = runs.run(out, words, gpus, 260, watched=watched)
-        report, times = ran.report, stages(ran.marks, ran.seconds)
+        enough = None if part is None else lambda marks: layers(marks) >= part
+        ran = runs.run(out, words, gpus, 260, watched=watched, kill=enough, rank=None if part else 1)
+        times = stages(ran.marks, ran.killed or ran.seconds)
         found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
-        found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"], "layers": len(report["layers"])}
-        # 0: the closed form was kept, after two tries to better it where there is usually one.
-        found["steps_kept"] = [layer["steps_kept"] for layer in report["layers"]]
-        found["sha256"] = layers_digest(runs.work / out)
-        if not kill:
-            found["seconds_of_32_layers_computed"] = computed(times, len(report["layers"]))
+        if part is None:
+            report = ran.report
+            found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"]}
+            # 0: the closed form was kept, after two tries to better it where there is usually one.
+            found["steps_kept"] = [layer["steps_kept"] for layer in report["layers"]]
+        else:
+            found["ended_after_layers"] = layers(ran.marks)
+        found["sha256"] = digests(runs.work / out if part is None else watched)
         return found
 
     return measure
@@ -64,15 +76,21 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
 def compare(runs: Runs) -> None:
     """What the conversions show together."""
     made = {name: runs.results[name] for name in ("convert-1", "convert-n", "convert-killed-and-resumed") if name in runs.results}
-    if len(made) > 1:
-        found: dict[str, Any] = {"same_bytes": len({entry["sha256"] for entry in made.values()}) == 1, "of": list(made)}
-        if {"convert-1", "convert-n"} <= made.keys():
-            one, several = made["convert-1"], made["convert-n"]
-            found["processes"] = several["processes"]
-            found["speedup"] = one["seconds"] / several["seconds"]
-            key = "seconds_of_32_layers_computed"
-            found["speedup_of_32_layers_computed"] = one[key] / several[key]
-        runs.keep("convert-compared", found)
+    if "convert-n" not in made:
+        return
+    several = made["convert-n"]
+    found: dict[str, Any] = {"processes": several["processes"], "of": list(made)}
+    shortest = min(len(entry["sha256"]) for entry in made.values())
+    found["layers_compared"] = shortest
+    found["same_bytes"] = len({tuple(entry["sha256"][:shortest]) for entry in made.values()}) == 1
+    found["seconds_of_32_layers_computed"] = {"n": computed(several, several["seconds_after"])}
+    if one := made.get("convert-1"):
+        # One process alone measures and writes one after the other; what that takes is not in a part.
+        after = AFTER_ALONE * several["seconds_after"] if "ended_after_layers" in one else one["seconds_after"]
+        found["seconds_of_32_layers_computed"]["1"] = computed(one, after)
+        times = found["seconds_of_32_layers_computed"]
+        found["speedup_of_32_layers_computed"] = times["1"] / times["n"]
+    runs.keep("convert-compared", found)
 
 
 def closed_form(runs: Runs, source: str, out: str) -> Callable[[list[int]], Any]:
@@ -89,9 +107,9 @@ def closed_form(runs: Runs, source: str, out: str) -> Callable[[list[int]], Any]
 
 def planned(runs: Runs, gpus: list[int]) -> Any:
     """What `hf-mla plan` says of the source, and what was measured."""
-    runs.has("llama-8b")
+    runs.has(SOURCE)
     one = runs.results.get("convert-1", {})
-    words = ["plan", str(runs.work / "llama-8b"), str(one.get("calibration_tokens", 2097152))]
+    words = ["plan", str(runs.work / SOURCE), str(one.get("calibration_tokens", 2097152))]
     (found,) = runs.task("plan", gpus, 60, words)
     return found | {"measured_gpu": one.get("peak_gpu", [0]), "measured_host": one.get("peak_host", 0)}
 
@@ -126,29 +144,39 @@ def stages(marks: dict[str, float], seconds: float) -> dict[str, float]:
     return {f"seconds_{name}": value for name, value in parts.items()}
 
 
-def computed(times: dict[str, float], layers: int) -> float:
-    """Seconds of 32 layers: survey and layers grow with their number; what comes after by 8.03 B weights to those of the part."""
-    share = 32 / layers
-    after = times["seconds_after"] * 8.03 / (2 * 0.525 + layers * 0.218)
-    return times["seconds_before"] + share * (times["seconds_survey"] + times["seconds_layers"]) + after
+def computed(found: dict[str, Any], after: float) -> float:
+    """Seconds of 32 layers: survey and layers grow with their number; what comes after, by 8.03 B weights to those of the part."""
+    layers = found["layers"]
+    fitted = found.get("ended_after_layers", layers)
+    parts = found["seconds_survey"] / layers + found["seconds_layers"] / fitted
+    return found["seconds_before"] + 32 * parts + after * 8.03 / (2 * 0.525 + layers * 0.218)
 
 
-def layers_digest(folder: Path) -> str:
-    """SHA-256 over the bytes of all tensors of the layers, by name."""
-    places: dict[str, tuple[Path, int, int]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+def digests(folder: Path) -> list[str]:
+    """SHA-256 of each converted attention, by layer: over its tensors' bytes, by name; of an output, or of unfinished work."""
+    places: dict[int, dict[str, tuple[Path, int, int]]] = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        finished = re.fullmatch(r"layer-(\d+)", file.stem)
+        if not finished and not file.stem.startswith("model"):
+            continue
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             for name, entry in json.loads(opened.read(length)).items():
-                if ".layers." in name:
-                    begin, end = entry["data_offsets"]
-                    places[name] = (file, 8 + length + begin, end - begin)
-    total = hashlib.sha256()
-    for name, (file, offset, size) in sorted(places.items()):
-        total.update(name.encode())
-        with open(file, "rb") as opened:
-            opened.seek(offset)
-            while size > 0 and (chunk := opened.read(min(size, 1 << 24))):
-                total.update(chunk)
-                size -= len(chunk)
-    return total.hexdigest()
+                inside = re.search(r"layers\.(\d+)\.self_attn\.(.*)", name)
+                if finished and name != "__metadata__":
+                    layer, name = int(finished[1]), name
+                elif inside:
+                    layer, name = int(inside[1]), inside[2]
+                else:
+                    continue
+                begin, end = entry["data_offsets"]
+                places.setdefault(layer, {})[name] = (file, 8 + length + begin, end - begin)
+    found = []
+    for layer in sorted(places):
+        total = hashlib.sha256()
+        for name, (file, offset, size) in sorted(places[layer].items()):
+            with open(file, "rb") as opened:
+                opened.seek(offset)
+                total.update(name.encode() + opened.read(size))
+        found.append(total.hexdigest())
+    return found

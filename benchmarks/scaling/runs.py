@@ -142,6 +142,7 @@ class Runs:
         environment: dict[str, str] | None = None,
         watched: Path | None = None,
         kill: Callable[[dict[str, float]], bool] | None = None,
+        rank: int | None = 1,
     ) -> Ran:
         """Run a command on some GPUs; an error if it fails, or where it is to be killed, if it ends before.
 
@@ -152,7 +153,8 @@ class Runs:
             seconds: at most.
             environment: more of it.
             watched: a folder of unfinished work whose files are noted when they appear.
-            kill: says, of these, when to kill the process of rank 1, once.
+            kill: says, of these, when to kill a process, once.
+            rank: whose; None for all.
 
         Returns:
             What came of it.
@@ -173,7 +175,8 @@ class Runs:
                 while process.poll() is None:
                     self.look(ran, process.pid, gpus, watched, begun)
                     if kill is not None and ran.killed is None and kill(ran.marks):
-                        ran.killed = kill_rank(process.pid, 1) and time.monotonic() - begun
+                        killed = kill_rank(process.pid, rank) if rank is not None else end(ran) is None
+                        ran.killed = killed and time.monotonic() - begun
                     if time.monotonic() - begun > seconds:
                         raise NotRunError(f"stopped after {seconds:.0f} s; {tail(logs)}")
                     time.sleep(0.2)
