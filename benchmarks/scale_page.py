@@ -53,7 +53,7 @@ def convert(report: dict[str, Any]) -> str:
 def heal(report: dict[str, Any]) -> str:
     """Healing on one and on several GPUs."""
     rows = []
-    titles = {"1b": "Llama-3.2-1B", "8b": f"Llama-3-8B, {report['layers']} layers"}
+    titles = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B, 4 layers"}
     for name, found in sorted(report["results"].items()):
         if re.fullmatch(r"heal-\d+b-.*", name):
             compared = report["results"].get(f"compared-{name}", {})

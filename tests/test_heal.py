@@ -37,6 +37,15 @@ def pair(tmp_path_factory):
     return source, str(folder / "mla")
 
 
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory):
+    """The bundled model in closed form, with few latents: a few steps make it better."""
+    out = str(tmp_path_factory.mktemp("rough") / "mla")
+    amounts = {"calibration_tokens": 4096, "steps": 0, "heal_tokens": 0}
+    convert(MODEL, out, kv_lora_rank=16, qk_rope_head_dim=8, device="cpu", **amounts)
+    return out
+
+
 def small(pair, dest, **changes):
     """Heal the small model in a few steps."""
     source, out = pair
@@ -94,7 +103,7 @@ def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family
         nn.functional.kl_div(*(part.log_softmax(-1) for part in logits), log_target=True, reduction="batchmean"), parameters
     )
     text = nn.functional.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    arguments = training_arguments(tmp_path, training, torch.device("cpu"), False)
+    arguments = training_arguments(tmp_path, training, torch.device("cpu"), 1, False)
     datasets = {"train_dataset": Windows(ids), "eval_dataset": Windows(ids)}
     trainer = DistillationTrainer(teacher=teacher.requires_grad_(False), folder=tmp_path, model=student, args=arguments, **datasets)
     loss = trainer.compute_loss(student.train(), {"input_ids": ids})
@@ -105,10 +114,11 @@ def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family
 
 
 @pytest.mark.parametrize("train", ["lora", "attention", "all"])
-def test_what_is_trained_changes_and_nothing_else(pair, tmp_path, train):
-    report = small(pair, tmp_path / "healed", train=train, learning_rate=3e-3)
-    assert report.verify.perplexity.converted < curve(vars(report))[0]
-    before, after = weights(pair[1]), weights(tmp_path / "healed")
+def test_what_is_trained_changes_and_nothing_else(rough, tmp_path, train):
+    options = {"steps": 6, "step_tokens": 1024, "learning_rate": 1e-3, "device": "cpu"}
+    report = heal(rough, str(tmp_path / "healed"), teacher=MODEL, text=CALIBRATION, train=train, **options)
+    assert report.verify.perplexity.converted < 0.99 * curve(vars(report))[0]
+    before, after = weights(rough), weights(tmp_path / "healed")
     assert before.keys() == after.keys()  # adapters are merged
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     norms = {name for name in changed if "norm" in name}
@@ -265,8 +275,11 @@ def test_two_processes_reach_the_loss_of_one(converted, tmp_path):
     two = json.loads(done.stdout)
     one = heal(converted[0], str(tmp_path / "one"), teacher=MODEL, text=CALIBRATION, steps=4, step_tokens=2048, device="cpu")
     assert two["tokens_per_step"] == one.tokens_per_step and len(curve(two)) == 5
-    assert two["verify"]["perplexity"]["converted"] == pytest.approx(one.verify.perplexity.converted, rel=0.01)
-    assert curve(two) == pytest.approx(curve(vars(one)), rel=0.01)
+    # The same text in the same order.
+    assert two["verify"]["perplexity"]["converted"] == pytest.approx(one.verify.perplexity.converted, rel=1e-3)
+    assert curve(two) == pytest.approx(curve(vars(one)), rel=1e-3)
+    trained = [[entry["divergence"] for entry in history if "divergence" in entry] for history in (two["history"], one.history)]
+    assert trained[0] == pytest.approx(trained[1], rel=1e-3)
 
 
 def test_a_dry_run_writes_nothing(pair, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 import re
 from collections.abc import Callable
@@ -58,7 +59,7 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
             found["output_there"] = (runs.work / out).exists()
         enough = None if part is None else lambda marks: layers(marks) >= part
         ran = runs.run(out, words, gpus, 260, watched=watched, kill=enough, rank=None if part else 1)
-        times = stages(ran.marks, ran.killed or ran.seconds)
+        times = stages(ran.marks, ran.killed or ran.seconds, processes)
         found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
         if part is None:
             report = ran.report
@@ -127,9 +128,12 @@ def write_books(path: Path, times: int) -> None:
             file.write("\n\n".join(paragraphs) + "\n\n")
 
 
-def stages(marks: dict[str, float], seconds: float) -> dict[str, float]:
-    """Seconds of the stages of a conversion, by when the files of its unfinished work appeared."""
-    layers = [when for mark, when in marks.items() if "layer-" in mark]
+def stages(marks: dict[str, float], seconds: float, processes: int) -> dict[str, float]:
+    """Seconds of the stages of a conversion, by when the files of its unfinished work appeared.
+
+    `first_turn`, of the layers, is until each process has converted one: what compiles, compiles there.
+    """
+    layers = sorted(when for mark, when in marks.items() if "layer-" in mark)
     begun = marks.get("recipe.json", 0.0)
     surveyed = marks.get("prepared.json", begun)
     ended = max(layers, default=surveyed)
@@ -139,17 +143,19 @@ def stages(marks: dict[str, float], seconds: float) -> dict[str, float]:
         "survey": surveyed - begun,
         "survey_upwards": up - begun,
         "layers": ended - surveyed,
+        "first_turn": layers[:processes][-1] - surveyed if layers else 0.0,
         "after": seconds - ended,
     }
     return {f"seconds_{name}": value for name, value in parts.items()}
 
 
 def computed(found: dict[str, Any], after: float) -> float:
-    """Seconds of 32 layers: survey and layers grow with their number; what comes after, by 8.03 B weights to those of the part."""
-    layers = found["layers"]
-    fitted = found.get("ended_after_layers", layers)
-    parts = found["seconds_survey"] / layers + found["seconds_layers"] / fitted
-    return found["seconds_before"] + 32 * parts + after * 8.03 / (2 * 0.525 + layers * 0.218)
+    """Seconds of 32 layers: the survey grows with their number, the layers by turns; what comes after, by bytes (8.03 B weights)."""
+    layers, processes, first = found["layers"], found["processes"], found["seconds_first_turn"]
+    turns = math.ceil(found.get("ended_after_layers", layers) / processes)
+    other = (found["seconds_layers"] - first) / max(1, turns - 1)
+    fitted = first + (math.ceil(32 / processes) - 1) * other
+    return found["seconds_before"] + found["seconds_survey"] * 32 / layers + fitted + after * 8.03 / (2 * 0.525 + layers * 0.218)
 
 
 def digests(folder: Path) -> list[str]:

@@ -121,7 +121,7 @@ def heal(
     most = (steps * plan.tokens_per_step // window + HELD_BACK) * window
     windows = token_windows(read_text(text, most, tokenizer=tokenizer), tokenizer, most, window, seed)
     check_vocabulary(windows, student)
-    held = held_back(windows, window, plan.tokens_per_step, micro * processes.num_processes)
+    held = held_back(windows, window, plan.tokens_per_step)
     recipe = {  # gradient checkpointing changes no result, so it is no part of it
         "out": out,
         "out_sha256": source_fingerprint(student),
@@ -169,22 +169,21 @@ def check_options(steps: int, train: str, lora_rank: int, learning_rate: float |
         raise UserError(f"--step-tokens is {step_tokens}; allowed: 1 or more, some thousands are usual")
 
 
-def held_back(windows: Tensor, window: int, step_tokens: int, unit: int) -> int:
-    """How many windows of a text are held back to measure on.
+def held_back(windows: Tensor, window: int, step_tokens: int) -> int:
+    """How many windows of a text are held back to measure on, whatever the number of processes: what is left is the training's.
 
     Args:
         windows: all of the text [windows, tokens].
         window: tokens that a sequence should have.
         step_tokens: tokens of a step.
-        unit: windows in a forward pass of all processes, which evaluations are whole numbers of.
 
     Returns:
-        A twentieth of the text, `HELD_BACK` at most.
+        A power of two that is at most a twentieth of the text, and at most `HELD_BACK`.
 
     Raises:
         UserError: the text is too short for that, or the rest of it for a step.
     """
-    held = max(unit, min(HELD_BACK, len(windows) // 20) // unit * unit)
+    held = 1 << max(1, min(HELD_BACK, len(windows) // 20)).bit_length() - 1
     if windows.shape[1] < window or len(windows) <= held:
         raise UserError(f"the text has {windows.numel():,} tokens; {(held + 1) * window:,} are the least here, millions are usual")
     left = (len(windows) - held) * window

@@ -170,7 +170,7 @@ def distil(
             teacher=original.requires_grad_(False),
             folder=folder,
             model=student_to_train(student_checkpoint, training, device),
-            args=training_arguments(folder, training, device, resumed is not None),
+            args=training_arguments(folder, training, device, len(held), resumed is not None),
             train_dataset=Windows(windows),
             eval_dataset=Windows(held),
             callbacks=[callback],
@@ -300,14 +300,15 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
 
 
-def training_arguments(folder: Path, training: Training, device: torch.device, resumed: bool) -> Any:
-    """The Trainer's settings: AdamW, cosine decay to zero, 20 evaluations and 5 checkpoints."""
+def training_arguments(folder: Path, training: Training, device: torch.device, held: int, resumed: bool) -> Any:
+    """The Trainer's settings: AdamW, cosine decay to zero, 20 evaluations on so many windows, and 5 checkpoints."""
     every = math.ceil(training.steps / EVALUATIONS)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.micro,
-        per_device_eval_batch_size=training.micro,
+        # Whole batches alone are left out again where processes have more of them than others.
+        per_device_eval_batch_size=max(size for size in range(1, training.micro + 1) if held % size == 0),
         gradient_accumulation_steps=training.accumulated,
         learning_rate=training.rate,
         lr_scheduler_type="cosine",
