@@ -101,6 +101,8 @@ def asked_at(tokenizer: Any, lengths: Sequence[int], count: int) -> Questions:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure all models; what is measured is written and printed as it comes."""
+    if options.source.endswith(".gguf"):  # whose folder has no weights that a copy could be made of
+        raise SystemExit(f"{options.source} is a .gguf file; give a folder: load it with Transformers, and save_pretrained")
     checkpoint = open_checkpoint(options.source)
     tokenizer = load_tokenizer(checkpoint.folder, options.source)
     context = checkpoint.config.max_position_embeddings

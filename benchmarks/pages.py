@@ -117,6 +117,39 @@ def tasks(result: dict[str, Any]) -> str:
     return f"Accuracy in percent, {cache(first)}, {stage(first, conversions)}, {result['device']}:\n\n{table(header, rows)}"
 
 
+def long_context(result: dict[str, Any]) -> str:
+    """Loss by position, numbers found in texts, and short tasks, of a model and conversions of it."""
+    losses, found = [], []
+    source, *_ = models = result["models"]
+    for model in models:
+        name = "original" if model is source else f"{cache(model)}, sequences of {model['calibration_window']:,}"
+        for way in ("trained", "yarn"):
+            entry = model[way]
+            title = name + (", YaRN" if way == "yarn" else "")
+            if model is not source:
+                losses.append([title, f"{entry['window']:,}", *(f"{part['ratio']:.3f}" for part in entry["positions"])])
+            for length, shares in entry["needles"].items():
+                *before, last = shares.values()
+                found.append([title, f"{int(length):,}", f"{100 * sum(before) / len(before):.0f} %", f"{100 * last:.0f} %"])
+    tasks = [*source["trained"]["tasks"]]
+    answers = [
+        ["original" if model is source else cache(model), *(f"{model['trained']['tasks'][task]:.0%}" for task in tasks)]
+        for model in models
+    ]
+    eighths = [f"{place + 1}/8" for place in range(len(source["trained"]["positions"]))]
+    questions = f"{result['questions']} questions at each length and depth"
+    return "\n\n".join(
+        [
+            f"Ratio to the original's perplexity on books by position in the sequence, {result['device']}:",
+            table(["latent + rotary key, calibrated on", "tokens", *eighths], losses),
+            f"Numbers found, {questions}, the mean over the first four of five depths, and right before the question:",
+            table(["latent + rotary key, calibrated on", "tokens", "found", "at the end"], found),
+            f"Exact answers, {result['task_questions']} of each task:",
+            table(["latent + rotary key", *tasks], answers),
+        ]
+    )
+
+
 def training(result: dict[str, Any]) -> str:
     """Tokens per second in training and in reading a prompt."""
     rows = []
@@ -180,6 +213,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "bench": bench,
     "decode_kernel": decode_kernel,
     "gemma": real_model,
+    "long_context": long_context,
     "native_model": native_model,
     "real_model": real_model,
     "tasks": tasks,

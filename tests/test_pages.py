@@ -134,6 +134,24 @@ def test_whole_model(tmp_path):
     assert text.endswith("Largest batch that fits at 32k tokens: converted 96, GQA 30, DeepSeek-V3 -.")
 
 
+def test_long_context(tmp_path):
+    def measured(window, ratios, shares):
+        positions = [{"ratio": ratio, "error": 0.01} for ratio in ratios]
+        needles = {str(window): dict(zip(("0.0", "0.25", "0.5", "0.75", "1.0"), shares, strict=True))}
+        return {"window": window, "positions": positions, "needles": needles, "tasks": {"copy": 0.7, "add": 0.1}}
+
+    source = {"name": "s"} | dict.fromkeys(("trained", "yarn"), measured(1024, [1, 1], [0.8, 0.8, 0.5, 0.4, 1]))
+    other = {"name": "c", "kv_lora_rank": 88, "qk_rope_head_dim": 32, "calibration_window": 1024}
+    other |= {"trained": measured(1024, [1.04, 1.1], [0, 0, 0.1, 0.2, 0.9]), "yarn": measured(2048, [1.05, 1.2], [0, 0, 0, 0, 0.1])}
+    result = {"device": "Some GPU", "questions": 10, "task_questions": 100, "models": [source, other]}
+    text = figures(tmp_path, "long_context", result)
+    assert "| 88 + 32, sequences of 1,024 | 1,024 | 1.040 | 1.100 |" in text
+    assert "| 88 + 32, sequences of 1,024, YaRN | 2,048 | 1.050 | 1.200 |" in text
+    assert "| original | 1,024 | 62 % | 100 % |" in text and "| original | 1.000" not in text
+    assert "| 88 + 32, sequences of 1,024 | 1,024 | 8 % | 90 % |" in text
+    assert "| 88 + 32 | 70% | 10% |" in text
+
+
 def test_real_model(tmp_path):
     means = {"source": 0.5, "converted": 0.49756, "error": 0.0031}
     healed = conversion(88, 10_000_000, ratios=(1.04, 1.28, 1.0996, 1.05), tasks=TASKS, task_means=means, layers=LAYERS)

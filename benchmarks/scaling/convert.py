@@ -150,7 +150,7 @@ def stages(marks: dict[str, float], seconds: float, processes: int) -> dict[str,
 
 
 def computed(found: dict[str, Any], after: float) -> float:
-    """Seconds of 32 layers: the survey grows with their number, the layers by turns; what comes after, by bytes (8.03 B weights)."""
+    """Seconds of 32 layers: the survey grows with their number, the layers by turns, what comes after by 8.03 B weights."""
     layers, processes, first = found["layers"], found["processes"], found["seconds_first_turn"]
     turns = math.ceil(found.get("ended_after_layers", layers) / processes)
     other = (found["seconds_layers"] - first) / max(1, turns - 1)
