@@ -119,10 +119,12 @@ def tasks(result: dict[str, Any]) -> str:
 
 def long_context(result: dict[str, Any]) -> str:
     """Loss by position, numbers found in texts, and short tasks, of a model and conversions of it."""
-    losses, found = [], []
+    losses, found, answers = [], [], []
     source, *_ = models = result["models"]
+    tasks = [*source["trained"]["tasks"]]
     for model in models:
         name = "original" if model is source else f"{cache(model)}, sequences of {model['calibration_window']:,}"
+        answers.append([name, *(f"{model['trained']['tasks'][task]:.0%}" for task in tasks)])
         for way in ("trained", "yarn"):
             entry = model[way]
             title = name + (", YaRN" if way == "yarn" else "")
@@ -131,11 +133,6 @@ def long_context(result: dict[str, Any]) -> str:
             for length, shares in entry["needles"].items():
                 *before, last = shares.values()
                 found.append([title, f"{int(length):,}", f"{100 * sum(before) / len(before):.0f} %", f"{100 * last:.0f} %"])
-    tasks = [*source["trained"]["tasks"]]
-    answers = [
-        ["original" if model is source else cache(model), *(f"{model['trained']['tasks'][task]:.0%}" for task in tasks)]
-        for model in models
-    ]
     eighths = [f"{place + 1}/8" for place in range(len(source["trained"]["positions"]))]
     questions = f"{result['questions']} questions at each length and depth"
     return "\n\n".join(
@@ -145,7 +142,7 @@ def long_context(result: dict[str, Any]) -> str:
             f"Numbers found, {questions}, the mean over the first four of five depths, and right before the question:",
             table(["latent + rotary key, calibrated on", "tokens", "found", "at the end"], found),
             f"Exact answers, {result['task_questions']} of each task:",
-            table(["latent + rotary key", *tasks], answers),
+            table(["latent + rotary key, calibrated on", *tasks], answers),
         ]
     )
 

@@ -149,7 +149,7 @@ def test_long_context(tmp_path):
     assert "| 88 + 32, sequences of 1,024, YaRN | 2,048 | 1.050 | 1.200 |" in text
     assert "| original | 1,024 | 62 % | 100 % |" in text and "| original | 1.000" not in text
     assert "| 88 + 32, sequences of 1,024 | 1,024 | 8 % | 90 % |" in text
-    assert "| 88 + 32 | 70% | 10% |" in text
+    assert "| original | 70% | 10% |\n| 88 + 32, sequences of 1,024 | 70% | 10% |" in text
 
 
 def test_real_model(tmp_path):
