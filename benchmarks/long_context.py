@@ -127,6 +127,8 @@ def measure(options: argparse.Namespace) -> None:
         entry: dict[str, Any] = {"name": Path(folder).name}
         if hasattr(opened.config, "kv_lora_rank"):
             entry |= {"kv_lora_rank": opened.config.kv_lora_rank, "qk_rope_head_dim": opened.config.qk_rope_head_dim}
+            record = json.loads((opened.folder / "conversion.json").read_text(encoding="utf-8"))
+            entry["calibration_window"] = record["report"]["window"]
         results["models"].append(entry)
         for way, questions, some in (("trained", asked, windows[context]), ("yarn", asked_beyond, windows[longer])):
             with tempfile.TemporaryDirectory() as scratch:

@@ -67,6 +67,7 @@ def everything(runs: Runs) -> None:
         (1, lane("heal", make_8b, closed_8b, ("heal-8b-1", heal.healed(runs, "8b", 1)))),
     )
     if several == 1:
+        convert.compare(runs)
         runs.lanes((1, serve))
         return
 

@@ -34,8 +34,10 @@ def convert(report: dict[str, Any]) -> str:
     if not rows:
         return "not measured yet"
     header = ["GPUs", "seconds", "of them before", "survey", "layers", "after", "32 layers, computed", "GB of a GPU", "of the host"]
-    whole = next(results[name] for name in titles if "steps" in results.get(name, {}))
-    what = f"{whole['layers']} layers, {whole['calibration_tokens']:,} tokens, {whole['steps']} steps a layer"
+    any_of_them = {key: value for name in titles for key, value in results.get(name, {}).items()}
+    what = f"{any_of_them['layers']} layers"
+    if "steps" in any_of_them:  # of a conversion that went to its end
+        what += f", {any_of_them['calibration_tokens']:,} tokens, {any_of_them['steps']} steps a layer"
     text = f"{what}, {machine(report['machine'])}:\n\n{table(header, rows)}\n\n"
     if "speedup_of_32_layers_computed" in compared:
         text += (

@@ -282,6 +282,17 @@ def test_two_processes_reach_the_loss_of_one(converted, tmp_path):
     assert trained[0] == pytest.approx(trained[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("count", [3, 41, 381, 5000])
+def test_what_is_held_back_is_whole_batches(tmp_path, count):
+    held = healer.held_back(torch.zeros(count, 64, dtype=torch.long), 64, 64)
+    assert held.bit_count() == 1 and held <= max(1, count / 20) and (held == 32 or 2 * held > count // 20)
+    for micro in (1, 3, 8):
+        training = Training("all", 10, 1e-3, micro, 1, 0, 3)
+        for windows in (held, 6):
+            size = training_arguments(tmp_path, training, torch.device("cpu"), windows, False).per_device_eval_batch_size
+            assert size <= micro and windows % size == 0
+
+
 def test_a_dry_run_writes_nothing(pair, tmp_path):
     dest = tmp_path / "healed"
     plans = {train: small(pair, dest, train=train, dry_run=True).memory_bytes for train in ("lora", "attention", "all")}

@@ -58,6 +58,8 @@ def test_conversions(script, tmp_path):
     assert "`plan` counts 28 GB of a GPU, 30 were seen." in text
     results["convert-1"]["ended_after_layers"] = 3
     assert "| 1, ended after 3 layers | 103 | 20 |" in page(script, tmp_path, results)["convert"]
+    alone = {key: value for key, value in results["convert-1"].items() if key not in ("steps", "calibration_tokens")}
+    assert "4 layers, 2 x Some GPU" in page(script, tmp_path, {"convert-1": alone})["convert"]
 
 
 def test_healing_and_decoding(script, tmp_path):

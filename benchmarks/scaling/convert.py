@@ -77,21 +77,23 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
 def compare(runs: Runs) -> None:
     """What the conversions show together."""
     made = {name: runs.results[name] for name in ("convert-1", "convert-n", "convert-killed-and-resumed") if name in runs.results}
-    if "convert-n" not in made:
-        return
-    several = made["convert-n"]
-    found: dict[str, Any] = {"processes": several["processes"], "of": list(made)}
-    shortest = min(len(entry["sha256"]) for entry in made.values())
-    found["layers_compared"] = shortest
-    found["same_bytes"] = len({tuple(entry["sha256"][:shortest]) for entry in made.values()}) == 1
-    found["seconds_of_32_layers_computed"] = {"n": computed(several, several["seconds_after"])}
-    if one := made.get("convert-1"):
+    one, several = made.get("convert-1"), made.get("convert-n")
+    found, times = dict[str, Any](), dict[str, float]()
+    if len(made) > 1:
+        shortest = min(len(entry["sha256"]) for entry in made.values())
+        same = len({tuple(entry["sha256"][:shortest]) for entry in made.values()}) == 1
+        found |= {"of": list(made), "layers_compared": shortest, "same_bytes": same}
+    if several:
+        found["processes"] = several["processes"]
+        times["n"] = computed(several, several["seconds_after"])
+    if one and (several or "ended_after_layers" not in one):
         # One process alone measures and writes one after the other; what that takes is not in a part.
-        after = AFTER_ALONE * several["seconds_after"] if "ended_after_layers" in one else one["seconds_after"]
-        found["seconds_of_32_layers_computed"]["1"] = computed(one, after)
-        times = found["seconds_of_32_layers_computed"]
+        after = AFTER_ALONE * several["seconds_after"] if several and "ended_after_layers" in one else one["seconds_after"]
+        times["1"] = computed(one, after)
+    if len(times) == 2:
         found["speedup_of_32_layers_computed"] = times["1"] / times["n"]
-    runs.keep("convert-compared", found)
+    if made:
+        runs.keep("convert-compared", found | {"seconds_of_32_layers_computed": times})
 
 
 def closed_form(runs: Runs, source: str, out: str) -> Callable[[list[int]], Any]:
@@ -170,7 +172,7 @@ def digests(folder: Path) -> list[str]:
             for name, entry in json.loads(opened.read(length)).items():
                 inside = re.search(r"layers\.(\d+)\.self_attn\.(.*)", name)
                 if finished and name != "__metadata__":
-                    layer, name = int(finished[1]), name
+                    layer = int(finished[1])
                 elif inside:
                     layer, name = int(inside[1]), inside[2]
                 else:

@@ -2,7 +2,7 @@
 """Muon (momentum, orthogonalised: https://kellerjordan.github.io/posts/muon/), each head's part of a matrix by itself.
 
 `torch.optim.Muon` takes matrices whole. By heads, SmolLM2 ends with 4 % less divergence after as many steps, and a step of a
-layer as wide as an 8B model's costs a fraction: the products of 32 parts of 192 rows are a twentieth of those of 6,144 rows.
+layer as wide as an 8B model's costs a fraction: the products of 32 parts of 192 rows are less than a twentieth of those of 6,144.
 """
 
 import math

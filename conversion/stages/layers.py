@@ -207,7 +207,8 @@ class Job:
         if not left:
             return
         folder.mkdir(exist_ok=True)
-        torch.compiler.reset()  # what is left of another size counts against what may be compiled
+        if self.compiles():
+            torch.compiler.reset()  # what is left of another size counts against what may be compiled
         entering = HiddenStates(self, processes)
         with tqdm(total=len(self.stream), initial=len(self.stream) - len(left), desc="converting", unit="layer") as progress:
             for turn in (left[start : start + count] for start in range(0, len(left), count)):
@@ -221,11 +222,14 @@ class Job:
                             entering.pass_through(layer)
                 progress.update(len(turn))
 
+    def compiles(self) -> bool:
+        """Whether the steps of all layers, done already or not, are worth compiling: it may not depend on where work goes on."""
+        return self.steps * len(self.stream) >= self.scale.compiled
+
     def convert_and_save(self, index: int, layer: Any, states: Tensor, firsts: Tensor, config: Any) -> None:
         """Convert a layer to its file, with what `convert_layer` takes."""
-        compiled = self.steps * len(self.stream) >= self.scale.compiled
         arguments = states, config, self.train, self.held, self.steps, firsts
-        mla, report, spectrum = self.convert_layer(index, layer, *arguments, compiled=compiled)
+        mla, report, spectrum = self.convert_layer(index, layer, *arguments, compiled=self.compiles())
         stored, weights = stored_type(config), {}
         for name, tensor in mla.state_dict().items():
             # The identity norm's weight is beyond float16; it stays float32 there, as the model loads it.
