@@ -186,7 +186,7 @@ def hopper_kernel(
     if QUANTIZED:  # the first tile's rotary keys and scales; the next one's are always under way
         p = gl.arange(0, BLOCK_P, gl.SliceLayout(0, rope_layout))
         rope_tokens = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, rope_layout))
-        scale_tokens = begin + gl.arange(0, BLOCK_N, gl.SliceLayout(1, codes_layout))
+        scale_tokens = begin + gl.arange(0, BLOCK_N, tokens_layout)
         live = (rope_tokens < stop)[:, None] & (p < P)[None, :]
         next_rope = gl.load(rest + rope_tokens[:, None] * rest_s + p[None, :], mask=live, other=0.0)
         next_scale = gl.load(rest + scale_tokens * rest_s + P + NORMS, mask=scale_tokens < stop, other=0.0)
@@ -216,7 +216,7 @@ def hopper_kernel(
             next_scale = gl.load(rest + scale_tokens * rest_s + P + NORMS, mask=scale_tokens < stop, other=0.0)
             mbarrier.wait(ready.index(place), tile // 2 % 2)
             codes = latent_tiles.index(place).reshape([BLOCK_N, BLOCK_R]).load(codes_layout)
-            c_tile.store(codes.to(dtype) * factor[:, None])
+            c_tile.store(codes.to(dtype))  # which loses nothing; the tokens' scales go to scores and weights
             rope_tiles.store(rope)
             fence_async_shared()
             barrier()  # the codes have been read by all, and what became of them is there
@@ -227,9 +227,15 @@ def hopper_kernel(
             mbarrier.wait(ready.index(place), tile // 2 % 2)
             c = latent_tiles.index(place).reshape([BLOCK_N, BLOCK_R])
             k_rope = rope_tiles.index(place).reshape([BLOCK_N, BLOCK_P])
-        scores = warpgroup_mma(c, q_tile.permute([1, 0]), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma(k_rope, q_rope_tile.permute([1, 0]), scores, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])  # [BLOCK_N, BLOCK_M]
+        scores = warpgroup_mma(c, q_tile.permute([1, 0]), nothing, use_acc=False, is_async=True)  # [BLOCK_N, BLOCK_M]
+        if QUANTIZED:
+            turned = warpgroup_mma(k_rope, q_rope_tile.permute([1, 0]), nothing, use_acc=False, is_async=True)
+            scores, turned = warpgroup_mma_wait(0, deps=[scores, turned])
+            factor = factor.to(gl.float32)[:, None]
+            scores = scores * factor + turned
+        else:
+            scores = warpgroup_mma(k_rope, q_rope_tile.permute([1, 0]), scores, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[scores])
         scores = logits(
             scores, seen, rows[None, :], tokens[:, None], stop, rest, scale, cap, T, heads_per_norm, rest_s, P, NORMS, CAPPED
         )  # fmt: skip
@@ -239,6 +245,8 @@ def hopper_kernel(
         fade = gl.exp2(largest - shift)
         largest = new_largest
         total = total * fade[None, :] + weights
+        if QUANTIZED:
+            weights *= factor * 128  # about as large as the latents, for 16 bits to hold
         weights_tile.store(weights.to(dtype))
         context *= gl.convert_layout(fade, row_of_context)[None, :]
         fence_async_shared()
@@ -251,6 +259,8 @@ def hopper_kernel(
 
     total = gl.sum(total, 0)
     inverse = gl.where(total > 0, 1 / total, 0.0)
+    if QUANTIZED:
+        inverse /= 128
     context *= gl.convert_layout(inverse, row_of_context)[None, :]
     rows = first_row + gl.arange(0, BLOCK_M, rows_layout)
     gl.store(lse + (batch.to(gl.int64) * splits + split) * M + rows, largest + gl.log2(total), mask=rows < M)

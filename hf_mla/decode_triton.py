@@ -123,10 +123,13 @@ def split_kernel(
         largest = new_largest
         total = total * fade + tl.sum(weights, 1)
         if QUANTIZED:
-            weights *= token_scale
+            weights *= token_scale * 128  # about as large as the latents, for 16 bits to hold
         context = tl.dot(weights.to(c.dtype), c, context * fade[:, None], input_precision="ieee")
 
-    context *= tl.where(total > 0, 1 / total, 0.0)[:, None]
+    inverse = tl.where(total > 0, 1 / total, 0.0)
+    if QUANTIZED:
+        inverse /= 128
+    context *= inverse[:, None]
     out += batch * out_b + split * out_split + (rows // T).to(tl.int64)[:, None] * out_h + (rows % T)[:, None] * R
     tl.store(out + r[None, :], context.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (r < R)[None, :])
     tl.store(lse + (batch * splits + split) * M + rows, largest + tl.log2(total), mask=rows < M)
