@@ -13,18 +13,18 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_mla_conversion.commands.verify import PARTS, choose_lengths
-from hf_mla_conversion.mathematics.measures import edges
+from hf_mla_conversion.mathematics.measures import edges, token_losses
 from hf_mla_conversion.mathematics.recall import DEPTHS, Questions, accuracies, needles, tasks
-from hf_mla_conversion.mathematics.scales import HEAD_TOKENS
 from hf_mla_conversion.source.checkpoint import Checkpoint, open_checkpoint
-from hf_mla_conversion.source.loading import head_of, load_model
+from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.text import read_text, token_windows
 from hf_mla_conversion.source.tokenizer import load_tokenizer
 
@@ -33,22 +33,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
-@torch.inference_mode()
 def losses(model: Any, windows: Tensor) -> Tensor:
     """Mean loss in each part of each window: [windows, tokens] -> [windows, parts]."""
-    head, rows = head_of(model), []
-    for ids in windows.to(model.device):
-        states = model.get_decoder()(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
-        each = [
-            nn.functional.cross_entropy(head(some).float(), targets, reduction="none")
-            for some, targets in zip(states.split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
-        ]
-        of_tokens = torch.cat([states.new_zeros(1).float(), *each])  # nothing predicts the first
-        ends = edges(len(ids), PARTS)
-        rows.append(
-            torch.stack([of_tokens[max(start, 1) : end].mean() for start, end in zip(ends[:-1], ends[1:], strict=True)]).cpu()
-        )
-    return torch.stack(rows)
+    each, parts = token_losses(model, windows), pairwise(edges(windows.shape[1], PARTS))
+    return torch.stack([each[:, max(start - 1, 0) : end - 1].mean(1) for start, end in parts], dim=1)  # nothing predicts the first
 
 
 def extended(checkpoint: Checkpoint, factor: float, folder: Path) -> Checkpoint:

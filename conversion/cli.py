@@ -152,12 +152,17 @@ def parser() -> argparse.ArgumentParser:
         "--calibration",
         action="append",
         metavar="TEXT",
-        help="a text (.txt, .jsonl with text or messages, either as .xz), a data set, or self, which the source writes; may be "
-        "repeated (bundled prose, and self where there is memory and time)",
+        help="a text (.txt, .jsonl with text or messages, either as .xz), a data set, self, which the source writes, or lookups, "
+        "made of the others; may be repeated (bundled prose, lookups, and self where there is memory and time)",
     )
     convert.add_argument("--keep-own-text", action="store_true", default=None, help="leave what the source wrote in own_text.jsonl")
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
-    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the model's context, at most 2048)")
+    convert.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens of a sequence (the model's context, at most 2048; in turn with 8192 to train all of it)",
+    )
     convert.add_argument(
         "--steps",
         type=int,

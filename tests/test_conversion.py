@@ -24,7 +24,7 @@ from hf_mla_conversion.mathematics.survey import advance, gradient_moments, laye
 from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
-from hf_mla_conversion.source.own_text import OWN_TEXT
+from hf_mla_conversion.source.own_text import BUNDLED_NAME, OWN_TEXT
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages import layers as layers_module
@@ -178,9 +178,8 @@ def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):
     source = shutil.copytree(MODEL, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    report = convert(
-        str(source), str(tmp_path / "out"), kv_lora_rank=44, qk_rope_head_dim=16, steps=0, calibration_tokens=4096, device="cpu"
-    )
+    options = {"calibration": BUNDLED_NAME, "calibration_tokens": 4096, "steps": 0, "device": "cpu"}
+    report = convert(str(source), str(tmp_path / "out"), kv_lora_rank=44, qk_rope_head_dim=16, **options)
     assert report.window == 1024
     assert "predicts worse beyond 1,024 tokens" in caplog.text
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from conftest import MODEL, VALIDATION, make_source, run_apart
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.mathematics.distill import DistillationTrainer
+from hf_mla_conversion.mathematics.scales import SCALES
+from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.source.shards import load_file
 from hf_mla_conversion.source.text import read_text
 from hf_mla_conversion.stages import one_size as converter_module
@@ -20,6 +23,7 @@ from hf_mla_conversion.stages.end_to_end import tokens_of_each
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
+OPTIONS["calibration"] = BUNDLED_NAME
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,7 @@ def both(tmp_path_factory):
 
     One step leaves most layers in closed form, whose norms are the identity while they are trained and afterwards.
     """
-    options = {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "window": 128, "steps": 1, "device": "cpu"}
+    options = OPTIONS | {"kv_lora_rank": 44, "qk_rope_head_dim": 16, "calibration_tokens": 8192, "window": 128, "steps": 1}
     folder = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(converter_module.STEP_TOKENS, "cpu", 1024)
@@ -95,9 +99,17 @@ def kill(*_arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def convert_killed(place, source, out):
+def short_and_long(monkeypatch):
+    """Let layers see sequences of 16 tokens, and the whole model those and 64 in turn."""
+    monkeypatch.setitem(SCALES, "cpu", replace(SCALES["cpu"], window=16, long=64))
+    monkeypatch.setattr(converter_module, "trained_context", lambda losses: len(losses) + 1)
+
+
+def convert_killed(place, source, out, options=OPTIONS):
     """A conversion that kills itself where a function of the converter is called, or before a step of the training."""
     converter_module.STEP_TOKENS["cpu"] = 512
+    if options["window"] is None:
+        short_and_long(pytest.MonkeyPatch())
     compute_loss = DistillationTrainer.compute_loss
     if isinstance(place, str):
         setattr(converter_module, place, kill)
@@ -105,7 +117,7 @@ def convert_killed(place, source, out):
         DistillationTrainer.compute_loss = lambda self, *args, **kwargs: (
             kill() if self.state.global_step == place else compute_loss(self, *args, **kwargs)
         )
-    convert(source, out, heal_tokens=512 * 24, **OPTIONS)
+    convert(source, out, heal_tokens=512 * 24, **options)
 
 
 def test_killed_and_resumed_it_ends_the_same(tmp_path, source, caplog):
@@ -123,6 +135,19 @@ def test_killed_and_resumed_it_ends_the_same(tmp_path, source, caplog):
     assert first.pop("record") == second.pop("record")
     assert first == second
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "log", "whole"]
+
+
+def test_sequences_take_turns_in_a_resumed_training_as_well(tmp_path, source, monkeypatch):
+    short_and_long(monkeypatch)
+    options = OPTIONS | {"window": None, "calibration": [BUNDLED_NAME, "lookups"]}
+    whole = convert(source, str(tmp_path / "whole"), heal_tokens=512 * 24, **options)
+    assert whole.window == 16 and whole.end_to_end.window == 64
+    for place in (7, 12, 21):
+        code, said = run_apart(tmp_path / "log", convert_killed, place, source, str(tmp_path / "killed"), options)
+        assert code == -signal.SIGKILL, said[-2000:]
+    convert(source, str(tmp_path / "killed"), heal_tokens=512 * 24, **options)
+    first, second = (contents(tmp_path / name) for name in ("whole", "killed"))
+    assert first["model.safetensors"] == second["model.safetensors"] and first["record"] == second["record"]
 
 
 def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
@@ -147,11 +172,9 @@ def test_a_training_that_gains_nothing_is_left_out(tmp_path, source, monkeypatch
     stages = []
 
     def worse(*arguments):
-        stage, comparisons = end_to_end(*arguments)
-        for comparison in comparisons.values():
-            comparison.sums *= 2
+        stage, comparisons, _ = end_to_end(*arguments)
         stages.append(stage)
-        return stage, comparisons
+        return stage, comparisons, False
 
     end_to_end = converter_module.end_to_end
     monkeypatch.setattr(converter_module, "end_to_end", worse)
@@ -164,11 +187,20 @@ def test_a_training_that_gains_nothing_is_left_out(tmp_path, source, monkeypatch
 
 
 def test_short_texts_are_read_often_but_not_too_often():
-    assert tokens_of_each([5_000_000, math.inf], 10_000_000) == [5_000_000, 5_000_000]
-    assert tokens_of_each([336_000, math.inf], 16_000_000) == [2_688_000, 13_312_000]
-    assert tokens_of_each([math.inf, 100, 1000], 30_000) == [21_200, 800, 8000]
-    assert tokens_of_each([100, 200], 30_000) == [800, 1600]
-    assert tokens_of_each([100], 0) == [0]
+    assert tokens_of_each({"a": 5_000_000, "b": math.inf}, 10_000_000) == {"a": 5_000_000, "b": 5_000_000}
+    assert tokens_of_each({"a": 336_000, "b": math.inf}, 16_000_000) == {"a": 2_688_000, "b": 13_312_000}
+    assert tokens_of_each({"a": math.inf, "b": 100, "c": 1000}, 30_000) == {"a": 21_200, "b": 800, "c": 8000}
+    assert tokens_of_each({"a": 100, "b": 200}, 30_000) == {"a": 800, "b": 1600}
+    assert tokens_of_each({"a": 100}, 0) == {"a": 0}
+
+
+def test_lookups_have_half_of_the_share_of_a_text():
+    assert tokens_of_each({"a": math.inf, "lookups": math.inf}, 30_000) == {"a": 20_000, "lookups": 10_000}
+    assert tokens_of_each({"a": 1000, "self": math.inf, "lookups": math.inf}, 38_000) == {
+        "a": 8000,
+        "self": 20_000,
+        "lookups": 10_000,
+    }
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):

@@ -42,7 +42,7 @@ def test_windows_of_a_text(tmp_path, tokenizer):
     assert torch.equal(windows[:, 1:], plain[:, 1:])
     (tmp_path / "short.txt").write_text(text[:100])
     halves = calibration_windows(open_checkpoint(MODEL), tokenizer, str(tmp_path / "short.txt"), 64, 64, 0)
-    assert halves[:, 0].tolist() == [BEGIN] * 2
+    assert torch.equal(halves.flatten(), plain.flatten()[: halves.numel()])  # as it stands there: it is begun where it is cut
     for contexts in context_windows(plain.flatten(), 128, BEGIN):
         assert (contexts[:, 0] == BEGIN).all()
 
@@ -51,9 +51,10 @@ def test_sequences_that_are_cut(tmp_path):
     texts = {"text": torch.randint(10, 4000, (8, 64))}
     job = Job(match_model(open_checkpoint(MODEL)), tmp_path, texts, 256, torch.device("cpu"), 0, 0, "exact", BEGIN)
     job.split(32)
-    for windows in (job.windows, *job.more):
-        assert windows.shape == (8, 32)
-        assert windows[:, 0].tolist() == [BEGIN] * 8
+    trained_on, held = job.rows(1)
+    for windows, count in ((job.windows, 8), (trained_on["text"], 15), (held, 1)):
+        assert windows.shape == (count, 32)
+        assert windows[:, 0].tolist() == [BEGIN] * count
     assert job.firsts.unique().tolist() == [BEGIN]  # no other token comes first
 
 

@@ -89,7 +89,8 @@ def test_what_is_pushed_is_all_and_loads_again(hub, tmp_path, monkeypatch, capsy
     assert (data.base_model, data.license, data.license_name) == ("org/tiny", ["llama3.2"], "community")
     assert (data.library_name, data.pipeline_tag, data.tags) == ("transformers", "text-generation", ["mla", "hf_mla"])
     metrics = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
-    (held,) = report["texts"]
+    held, lookups = report["texts"]
+    assert lookups["name"] == "lookups"  # which say nothing of other text
     assert data.model_name == "tiny-mla" and len(metrics) == 4
     assert metrics["bundled English prose, held back", "perplexity"] == pytest.approx(held["perplexity"]["converted"], abs=1e-5)
     assert metrics["bundled English prose, held back", "top1_agreement"] == pytest.approx(held["top1_agreement"], abs=1e-5)

@@ -217,21 +217,21 @@ def test_own_text_that_was_kept_is_read_again(tmp_path):
     assert (windows == tokenizer.eos_token_id).sum() == 4
 
 
-def names_by(calibration=None, device="cpu", tokens=4096, fitted=10240, earlier=None):
+def names_by(calibration=None, device="cpu", tokens=6144, fitted=10240, earlier=None):
     return own_text.text_names(calibration, None, SimpleNamespace(type=device), tokens, fitted, earlier)
 
 
 def test_own_text_is_written_where_there_is_memory_and_time(monkeypatch):
-    alone, both = [own_text.BUNDLED_NAME], [own_text.BUNDLED_NAME, "self"]
+    alone, both = [own_text.BUNDLED_NAME, "lookups"], [own_text.BUNDLED_NAME, "self", "lookups"]
     monkeypatch.setattr(own_text, "own_text_fits", lambda *_: True)
     assert names_by() == both  # 2,048 tokens of it are a fifth of 10,240
-    assert names_by(tokens=4098) == alone
+    assert names_by(tokens=6147) == alone
     assert names_by(fitted=0) == alone
     assert names_by(device="cuda", fitted=0) == both
-    assert names_by(earlier=own_text.BUNDLED_NAME) == alone
+    assert names_by(earlier="bundled English prose and lookups") == alone
     monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
     assert names_by() == names_by(device="cuda") == alone
-    assert names_by(earlier="bundled English prose and self") == both
+    assert names_by(earlier="bundled English prose and self and lookups") == both
 
 
 def test_what_fits_is_counted_in_the_numbers_computed_with(source, monkeypatch):
@@ -242,7 +242,7 @@ def test_what_fits_is_counted_in_the_numbers_computed_with(source, monkeypatch):
 
 
 def test_what_was_chosen_first_holds(source, tmp_path, monkeypatch, caplog):
-    options = {"calibration_tokens": 256, "window": 16, "steps": 1, **SIZES}  # 128 tokens of its own, a fit of 1,024
+    options = {"calibration_tokens": 384, "window": 16, "steps": 1, **SIZES}  # 128 tokens of its own, a fit of 1,024
     estimates = []
     monkeypatch.setattr(own_text, "MOST_SEQUENCES", {"cpu": 4})
     monkeypatch.setattr(convert_module, "disk_estimate", lambda *arguments: estimates.append(arguments[-1]) or 0)
@@ -252,11 +252,11 @@ def test_what_was_chosen_first_holds(source, tmp_path, monkeypatch, caplog):
     assert "writes 128 tokens to calibrate on, which takes 0.0 minutes or more" in caplog.text
     monkeypatch.setattr(own_text, "own_text_fits", lambda *_: False)
     report = convert(source, str(tmp_path / "out"), **options)
-    assert [text.name for text in report.texts] == [own_text.BUNDLED_NAME, "self"]
+    assert [text.name for text in report.texts] == [own_text.BUNDLED_NAME, "self", "lookups"]
     assert estimates == [128, 128]
-    assert "prose alone" not in caplog.text
+    assert "lookups made of it" not in caplog.text
     convert(source, str(tmp_path / "other"), **options)
-    assert f"calibrating on the bundled English prose alone: text of its own would take {source}" in caplog.text
+    assert f"calibrating on the bundled English prose and lookups made of it: text of its own would take {source}" in caplog.text
 
 
 def test_own_text_takes_disk(source):

@@ -45,6 +45,7 @@ def conversion(latent, tokens=0, seed=0, ratios=(), **more):
         for (text, window), ratio in zip(places, ratios, strict=False)
     ]
     made = {"kv_lora_rank": latent, "qk_rope_head_dim": 32, "kv_ratio": (latent + 32) / 384, "heal_tokens": tokens, "seed": seed}
+    made["calibration"] = "books and self"
     made["kv_floats_per_token_per_layer"] = {"source": 384, "converted": latent + 32}
     stage = {"layers_alone": None, "end_to_end": None, "frontier": None}
     return made | stage | {"texts": texts, "tasks": {}, "seconds": 412.4} | more
@@ -152,10 +153,20 @@ def test_long_context(tmp_path):
     assert "| original | 70% | 10% |\n| 88 + 32, sequences of 1,024 | 70% | 10% |" in text
 
 
+def test_lookups(tmp_path):
+    needles = {"1024": {"0.0": 0.1, "0.5": 0.2, "1.0": 1.0}, "8192": {"0.0": 0.0, "0.5": 0.1, "1.0": 1.0}}
+    measured = {"positions": [{"ratio": 1.04}, {"ratio": 1.2}, {"ratio": 1.1}], "needles": needles, "tasks": {"copy": 0.7}}
+    other = {"name": "4 M, lookups", "kv_lora_rank": 88, "qk_rope_head_dim": 32, "trained": measured}
+    result = {"device": "Some GPU", "questions": 10, "depths": [0.0, 0.5, 1.0], "task_questions": 100}
+    text = figures(tmp_path, "lookups", result | {"models": [{"name": "original", "trained": measured}, other]})
+    assert "| original | 15% | 5% | 70% | - | - |\n| 88 + 32, 4 M, lookups | 15% | 5% | 70% | x 1.040 | x 1.100 |" in text
+
+
 def test_real_model(tmp_path):
     means = {"source": 0.5, "converted": 0.49756, "error": 0.0031}
     healed = conversion(88, 10_000_000, ratios=(1.04, 1.28, 1.0996, 1.05), tasks=TASKS, task_means=means, layers=LAYERS)
     others = [conversion(88, 10_000_000, seed=1, ratios=(1.041,)), conversion(88, ratios=(1.1, 1.6)), conversion(160, seconds=None)]
+    others.append(conversion(32, 20_000_000, ratios=(1.2,), calibration="books and lookups"))
     result = {"device": "Some GPU", "conversions": [healed, *others]}
     about, _, head, _, *rows = figures(tmp_path, "real_model", result).splitlines()
     title, _, header, _, task = figures(tmp_path, "tasks", result).splitlines()
@@ -168,6 +179,7 @@ def test_real_model(tmp_path):
         "| 88 + 32 of 384 | -68.75 % | + 10 M tokens, seed 0 | x 1.040 | x 1.280 | x 1.100 | x 1.050 | - | "
         "50.00 -> 49.76 (+- 0.31) | 412 |",
         "| 88 + 32 of 384 | -68.75 % | + 10 M tokens, seed 1 | x 1.041 | - | - | - | - | - | 412 |",
+        "| 32 + 32 of 384 | -83.33 % | + 20 M tokens, with lookups | x 1.200 | - | - | - | - | - | 412 |",
     ]
     assert title == "Accuracy in percent, 88 + 32, + 10 M tokens, seed 0, Some GPU:"
     assert task == "| boolq | rc_5shot | 3,270 | 60.00 | 59.11 | -0.89 (+- 0.61) |"

@@ -20,6 +20,7 @@ from hf_mla_conversion.mathematics.survey import advance
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.loading import load_model
 from hf_mla_conversion.source.matching import match_model
+from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.source.streaming import LayerStream
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages.end_to_end import Training, write_trained
@@ -172,7 +173,8 @@ def test_output_is_the_source_where_nothing_is_dropped(tmp_path, name):
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("buffers", "shards")])
 def test_own_measure_is_that_of_the_whole_models(tmp_path, name):
     source, out = make(tmp_path / "source", name), str(tmp_path / "out")
-    report = convert(source, out, kv_lora_rank=24, qk_rope_head_dim=8, calibration_tokens=512, steps=0, device="cpu")
+    sizes = {"kv_lora_rank": 24, "qk_rope_head_dim": 8}
+    report = convert(source, out, calibration=BUNDLED_NAME, calibration_tokens=512, steps=0, device="cpu", **sizes)
     planned = plan(source, kv_lora_rank=24, qk_rope_head_dim=8)
     assert planned.bytes_written == report.bytes_written == open_checkpoint(out).bytes
     assert planned.bytes_read == open_checkpoint(source).bytes

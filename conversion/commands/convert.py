@@ -14,7 +14,8 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ from ..output.writing import check_carried, write_record
 from ..source.checkpoint import open_checkpoint, user_path
 from ..source.families import refusal
 from ..source.loading import choose_device, launched_processes
+from ..source.lookups import LOOKUPS, lookup_windows
 from ..source.matching import match_model
 from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_windows, text_names, write_own_text
-from ..source.shards import DTYPES, ITEMSIZE, TORCH_NAMES
+from ..source.shards import DTYPES, ITEMSIZE, TORCH_NAMES, load_file, save_file
 from ..source.text import calibration_windows
 from ..source.tokenizer import first_token, load_tokenizer
 from ..stages.end_to_end import MOST_WRITTEN, TIMES_READ, tokens_of_each
@@ -42,6 +44,7 @@ from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
 from ..stages.one_size import convert_size, trainable_tokens
+from ..stages.windows import HELD_BACK, whole_runs
 from .plan import check_memory, disk_estimate, export_fields, make_plan, possible_sizes, size_ladder
 
 
@@ -87,12 +90,15 @@ def convert(
             source's; several are converted to find it.
         qk_norm: for models with QK-norm: "exact" caches one more number per key/value head, "fold" replaces the norms by their
             means and gives a plain DeepSeek shape.
-        calibration: a .txt file, a .jsonl file with texts or chats (see `read_text`), either as .xz, a data set of such, or "self"
-            for text that the source writes itself; or several of these, mixed evenly. None for the bundled English prose, mixed
-            with "self" where there is memory for it, and on a CPU no more than a fifth of the time of the fit.
+        calibration: a .txt file, a .jsonl file with texts or chats (see `read_text`), either as .xz, a data set of such, "self"
+            for text that the source writes itself, or "lookups" for text, made of the others, in which things are looked up; or
+            several of these, mixed evenly (the whole model is trained on half as much of "lookups" as of another). None for the
+            bundled English prose, "lookups", and "self" where there is memory for it, on a CPU no more than a fifth of the time of
+            the fit.
         keep_own_text: leave what the source wrote in the output, as own_text.jsonl.
         calibration_tokens: how many tokens of it to use; None for 2,097,152 on a GPU, 131,072 on the CPU.
-        window: tokens of a sequence; None for the model's context, 2,048 at most.
+        window: tokens of a sequence; None for the model's context, 2,048 at most; every second step of the end-to-end stage on a
+            GPU then has sequences of 8,192, if the model is trained for them.
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone. None for 400, and 200 where the whole model is trained afterwards.
         heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
@@ -137,6 +143,7 @@ def convert(
         return report
     scale, context = SCALES[run_device.type], checkpoint.config.max_position_embeddings
     tokens = scale.calibration if calibration_tokens is None else calibration_tokens
+    longest = min(scale.long, context) if window is None else window
     window = min(scale.window, context) if window is None else window
     if not 2 <= window <= context:
         raise UserError(f"--window is {window}; allowed: 2 to {context}, the context of {source}")
@@ -147,6 +154,9 @@ def convert(
     numbers = written // ITEMSIZE[DTYPES[stored]]
     # Each process has its own idea of the memory that is free.
     heal_tokens = broadcast_object_list([trainable_tokens(heal_tokens, checkpoint, config, numbers, window, run_device)])[0]
+    # How many windows make a long sequence: not where attention keeps all scores, which are four times as many.
+    eager = config.family.softcap or config.family.sinks
+    run = max(1, longest // window) if heal_tokens and not eager else 1
     if steps is None:
         steps = STEPS_BEFORE_TRAINING if heal_tokens else STEPS
     earlier = None if restart else earlier_recipe(out).get("calibration")
@@ -168,11 +178,11 @@ def convert(
     check_carried(checkpoint, config, tokenizer)
 
     # What is read of texts; that of its own the source writes later.
-    read = max(share, heal_tokens // len(names))
+    read = max(share, *tokens_of_each(dict.fromkeys(names, math.inf), heal_tokens).values())
     texts = {
-        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed)
+        name: calibration_windows(checkpoint, tokenizer, None if name == BUNDLED_NAME else name, read, window, seed, run)
         for name in names
-        if name != OWN_TEXT
+        if name not in (OWN_TEXT, LOOKUPS)
     }
     check_memory(checkpoint, sizes, run_device)
     recipe = {
@@ -182,6 +192,7 @@ def convert(
         "calibration": " and ".join(names),
         "calibration_tokens": tokens,
         "window": window,
+        "longest": run * window,
         "calibration_sha256": token_fingerprint(
             torch.cat([torch.empty(0, dtype=torch.long), *map(Tensor.flatten, texts.values())])
         ),
@@ -201,16 +212,28 @@ def convert(
         repeatable(),
         work_on(path, recipe, sources, processes, restart=restart, overwrite=overwrite, worth=kept) as folder,
     ):
+        lengths = {name: texts[name].numel() if name in texts else math.inf for name in names}
+        trained_on = tokens_of_each(lengths, heal_tokens)
         if OWN_TEXT in names:
-            trained_on = tokens_of_each([*(windows.numel() for windows in texts.values()), math.inf], heal_tokens)
-            own = max(share, min(trained_on[-1] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
+            own = max(share, min(trained_on[OWN_TEXT] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
             with processes.main_process_first():
-                texts[OWN_TEXT] = own_windows(checkpoint, tokenizer, folder, run_device, own, window, seed)
+                sequences = own_windows(checkpoint, tokenizer, folder, run_device, own, run * window, seed)
+            if run > 1:
+                sequences = sequences[:, : sequences.shape[1] // window * window].reshape(-1, window)
+            texts[OWN_TEXT] = sequences
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
+        if LOOKUPS in names:
+            count = max(4, max(share, trained_on[LOOKUPS] // TIMES_READ) // (run * window))
+            known = [without_held_back(windows, share, run) for windows in texts.values()]
+            write = partial(lookup_windows, known, tokenizer, count, run * window, seed)
+            with processes.main_process_first():
+                sequences = written_once(folder / "lookups.safetensors", write)
+            texts[LOOKUPS] = sequences.view(-1, window)
+            recipe["lookups_sha256"] = token_fingerprint(texts[LOOKUPS])
         recipe |= {"max_ratio": max_ratio, "asked": asked}  # not what the work depends on: another may go on with it
-        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer))
+        job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer), run)
 
         @cache
         def convert_to(rank: int, rope_dim: int) -> tuple[Any, dict[str, Any]]:
@@ -236,10 +259,23 @@ def convert(
             (size_folder(folder, best) / "output").rename(output)
             write_record(output, checkpoint, config, report, recipe, spectra)
             if keep_own_text:
-                write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, window), output / "own_text.jsonl")
+                write_own_text(tokenizer, texts[OWN_TEXT], own_length(checkpoint, run * window), output / "own_text.jsonl")
     if repository is not None:
         push(path, repository)
     return report
+
+
+def without_held_back(windows: Tensor, tokens: int, run: int) -> Tensor:
+    """Of a text's windows [windows, tokens] those that the layers are fitted to, if they are calibrated on so many tokens of it."""
+    count = whole_runs(min(len(windows), tokens // windows.shape[1]), run)
+    return windows[: max(1, count - HELD_BACK)]
+
+
+def written_once(file: Path, write: Callable[[], Tensor]) -> Tensor:
+    """Token ids, as they are in a file; written to it if it is not there."""
+    if not file.exists():
+        save_file({"ids": write().int()}, file)
+    return load_file(file)["ids"].long()
 
 
 def sizes_to_try(
@@ -297,6 +333,8 @@ def check_texts(names: list[str], tokens: int, keep_own_text: bool) -> None:
         raise UserError(
             f"--keep-own-text keeps what the source writes, the text here is {' and '.join(names)}; add --calibration self"
         )
+    if names == [LOOKUPS]:
+        raise UserError(f"--calibration {LOOKUPS} is made of other texts; give one beside it, or self")
     least = 4 * len(names)
     if tokens < least:
         raise UserError(f"--calibration-tokens is {tokens}; at least {least} are needed, 131072 and more are usual")

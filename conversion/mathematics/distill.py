@@ -12,6 +12,7 @@ import functools
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,16 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: the source model, in evaluation mode; each process holds all of it.
         folder: where the best weights so far are kept.
+        cut: what every second step makes shorter windows with [windows, tokens], None for one length: a model that sees long
+            sequences alone loses what near text tells, and one that sees short ones alone what is far.
         **kwargs: the Trainer's.
     """
 
-    def __init__(self, *, teacher: Any, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, *, teacher: Any, folder: Path, cut: Callable[[Tensor], Tensor] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the accumulated steps
         self.teacher = teacher.to(self.args.device)
-        self.folder = folder
+        self.folder, self.cut = folder, cut
         student: Any = self.model
         if not hasattr(student, "merge_and_unload"):
             # The Trainer goes on from what it saves by the model's own names; experts, for one, have others in a checkpoint.
@@ -158,6 +161,8 @@ class DistillationTrainer(Trainer):
         self.check_finite()
         ids, target = inputs["input_ids"], None
         if model.training:
+            if self.cut is not None and self.state.global_step % 2:
+                ids = self.cut(ids)
             with torch.no_grad():
                 target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
         self._batch, self._watched = (ids, target), []  # references to tensors that the backward pass keeps anyway

@@ -25,6 +25,17 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
+@torch.no_grad()
+def token_losses(model: Any, windows: Tensor) -> Tensor:
+    """Loss, in nats, of a causal language model at each token but the first [windows, tokens - 1] of windows [windows, tokens]."""
+    head, rows = head_of(model), []
+    for ids in windows.to(model.device):
+        states = model.get_decoder()(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
+        parts = zip(states.split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
+        rows.append(torch.cat([nn.functional.cross_entropy(head(some).float(), right, reduction="none") for some, right in parts]))
+    return torch.stack(rows).cpu()
+
+
 class Comparison:
     """Loss of two models on the same text, divergence of the second from the first, and their agreement."""
 

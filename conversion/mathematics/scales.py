@@ -17,6 +17,8 @@ class Scale:
     """Of calibration text, unless given."""
     window: int
     """Of a calibration sequence, if the model's own context is not shorter."""
+    long: int
+    """Of a sequence that every second step of the end-to-end stage has, if the model's own context is not shorter."""
     step: int
     """Of a reconstruction step, or one sequence."""
     batch: int
@@ -31,6 +33,6 @@ class Scale:
 
 
 SCALES = {
-    "cuda": Scale(calibration=1 << 21, window=2048, step=1 << 14, batch=8192, first=1 << 14, fit=1 << 18, compiled=2048),
-    "cpu": Scale(calibration=1 << 17, window=2048, step=1024, batch=1024, first=1 << 12, fit=1 << 15, compiled=math.inf),
+    "cuda": Scale(calibration=1 << 21, window=2048, long=8192, step=1 << 14, batch=8192, first=1 << 14, fit=1 << 18, compiled=2048),
+    "cpu": Scale(calibration=1 << 17, window=2048, long=2048, step=1024, batch=1024, first=1 << 12, fit=1 << 15, compiled=math.inf),
 }

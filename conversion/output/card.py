@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import UserError
 from ..source.checkpoint import Checkpoint, DecoderCheckpoint, user_path
+from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
 from ..source.tokenizer import custom_code
@@ -68,7 +69,7 @@ unchanged. `conversion.json` has all options, the fingerprints of source and tex
 ## Limits
 
 It is an approximation of its source. Text like the calibration text flatters it, and text that the source was trained on need not
-show what other text would: measure it on yours (`hf-mla verify`){healing}. It was fitted on sequences of {window:,} tokens.
+show what other text would: measure it on yours (`hf-mla verify`){healing}. It was fitted on sequences of {window} tokens.
 What the source's licence and card say holds for it too.
 """
 
@@ -101,7 +102,7 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
         tags=["mla", "hf_mla"],
         base_model=None if user_path(source.name).exists() else source.name,  # a path is no name on the Hub
         model_name=load.rsplit("/", 1)[-1],
-        eval_results=[result for text in report.texts for result in results(text, text_title(text.name))],
+        eval_results=[result for text in report.texts if text.name != LOOKUPS for result in results(text, text_title(text.name))],
         **licence(source),
     )
     errors = [layer.error for layer in report.layers]
@@ -141,7 +142,7 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
         source_bytes=report.kv_bytes_per_token.source,
         converted_bytes=report.kv_bytes_per_token.converted,
         healing=", and fine-tune it before relying on it" if report.perplexity_ratio > HEALING_RATIO else "",
-        window=report.window,
+        window=f"{report.window:,}" + (f" and {stage.window:,}" if stage and stage.window != report.window else ""),
         seed=recipe["seed"],
         alone=", before all weights were trained" if stage else "",
         least=min(errors),
@@ -151,7 +152,7 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
 
 def text_title(name: str) -> str:
     """What a calibration text is called in a card."""
-    return "what the source writes itself" if name == OWN_TEXT else name
+    return {OWN_TEXT: "what the source writes itself", LOOKUPS: "lookups made of these"}.get(name, name)
 
 
 def results(measured: Closeness, text: str) -> list[EvalResult]:

@@ -33,6 +33,7 @@ from ..errors import UserError
 from .checkpoint import Checkpoint
 from .families import experts_per_token, kv_heads
 from .loading import compute_dtype, free_memory, head_of, load_model
+from .lookups import LOOKUPS
 from .shards import load_file, save_file
 from .tokenizer import first_token
 
@@ -48,9 +49,9 @@ MEMORY_SHARE = 0.6  # of what is free, for keys, values and logits
 CPU_SHARE = 0.2
 TIMED_TOKENS = 4  # of each sequence, for an estimate of the time that writing takes
 ALONE = (
-    "calibrating on the bundled English prose alone: text of its own would take %s more than a fifth of the fit's time, or more "
-    "memory than is free. Other kinds of text lose more: layers of SmolLM2-135M had errors of 0.191 on wikitext-2 and 0.122 on its "
-    "own text, with half of it own text 0.177 and 0.098. Give a --calibration like your text, or self"
+    "calibrating on the bundled English prose and lookups made of it: text of its own would take %s more than a fifth of the fit's "
+    "time, or more memory than is free. Other kinds of text lose more: layers of SmolLM2-135M had errors of 0.191 on wikitext-2 "
+    "and 0.122 on its own text, with half of it own text 0.177 and 0.098. Give a --calibration like your text, or self"
 )
 MOST_SEQUENCES = {"cuda": 4096, "cpu": 32}  # in a batch
 # Not cuDNN's, which plans anew for every length of the cache: 45 s for a thousand.
@@ -314,7 +315,8 @@ def text_names(
     fitted: int,
     earlier: str | None = None,
 ) -> list[str]:
-    """The texts to calibrate on: as given; else the bundled one, and what the source writes where there is memory and time for it.
+    """The texts to calibrate on: as given; else the bundled one, what the source writes where there is memory and time for it, and
+    lookups.
 
     Args:
         calibration: as given.
@@ -331,10 +333,10 @@ def text_names(
         UserError: none is given, or there is no memory for what is asked for.
     """
     if calibration is None:
-        alone, both = [BUNDLED_NAME], [BUNDLED_NAME, OWN_TEXT]
+        alone, both = [BUNDLED_NAME, LOOKUPS], [BUNDLED_NAME, OWN_TEXT, LOOKUPS]
         if earlier in (" and ".join(alone), " and ".join(both)):
             return both if OWN_TEXT in earlier.split() else alone
-        in_time = device.type == "cuda" or tokens // 2 <= CPU_SHARE * fitted
+        in_time = device.type == "cuda" or tokens // len(both) <= CPU_SHARE * fitted
         return both if in_time and own_text_fits(checkpoint, device) else alone
     names = [calibration] if isinstance(calibration, str) else list(dict.fromkeys(calibration))
     if not names:

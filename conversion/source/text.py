@@ -168,7 +168,12 @@ def row_text(row: Any, place: str, tokenizer: Any) -> str:
 
 
 def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int | None = None) -> "Tensor":
-    """Windows of tokens of a text.
+    """Windows of tokens of a text, as `cut_text`; each is begun as the tokenizer begins a text."""
+    return begun(cut_text(text, tokenizer, tokens, window, seed), first_token(tokenizer))
+
+
+def cut_text(text: str, tokenizer: Any, tokens: int, window: int, seed: int | None = None, run: int = 1) -> "Tensor":
+    """Cut the tokens of a text into windows.
 
     Args:
         text: what to tokenize.
@@ -176,9 +181,10 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
         tokens: at most so many.
         window: tokens per window.
         seed: None for consecutive windows from the start; else windows drawn from the whole text, none twice.
+        run: draw so many together that follow one another in the text.
 
     Returns:
-        [windows, window], each begun as the tokenizer begins a text; a text shorter than one window gives one shorter window.
+        [windows, window]; a text shorter than one window gives one shorter window.
 
     Raises:
         UserError: fewer than two tokens.
@@ -194,8 +200,10 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
     window = min(window, wanted)
     windows = ids[: len(ids) // window * window].view(-1, window)
     if seed is not None:
-        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-    return begun(windows[: wanted // window], first_token(tokenizer))
+        order = torch.randperm(len(windows) // run, generator=torch.Generator().manual_seed(seed))
+        whole = len(order) * run
+        windows = torch.cat([windows[:whole].view(-1, run, window)[order].view(-1, window), windows[whole:]])
+    return windows[: wanted // window]
 
 
 def begun(windows: "Tensor", token: int | None) -> "Tensor":
@@ -211,15 +219,17 @@ def begun(windows: "Tensor", token: int | None) -> "Tensor":
 
 
 def calibration_windows(
-    checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int
+    checkpoint: Checkpoint, tokenizer: Any, calibration: str | None, tokens: int, window: int, seed: int, run: int = 1
 ) -> "Tensor":
-    """Calibration token ids [windows, tokens], drawn from the text with the seed; two windows or more, one to be held back."""
+    """Calibration token ids [windows, tokens], as `cut_text` gives them; two windows or more, one to be held back."""
     text = read_text(calibration, tokens, SPREAD, tokenizer)
-    windows = token_windows(text, tokenizer, tokens, window, seed)
+    windows = cut_text(text, tokenizer, tokens, window, seed, run)
     if len(windows) == 1:
         if windows.shape[1] < 4:
             raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")
-        windows = begun(windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1), first_token(tokenizer))
-        logger.warning("%s is too short for a window: all text is read in sequences of %s tokens", calibration, windows.shape[1])
+        windows = windows[:, : windows.shape[1] // 2 * 2].reshape(2, -1)
+        logger.warning(
+            "%s is too short for a window: all text is read in sequences of %s tokens", calibration or "the text", windows.shape[1]
+        )
     check_vocabulary(windows, checkpoint)
     return windows

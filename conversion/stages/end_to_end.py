@@ -5,9 +5,10 @@
 best weights that held-back text has seen, the unchanged model among them.
 """
 
+import gc
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from ..source.attention import attention_of
 from ..source.checkpoint import Checkpoint
 from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
+from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint
 from ..source.shards import TORCH_NAMES, ShardWriter, load_file
 
@@ -43,6 +45,7 @@ STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
 TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
+WEIGHTS = {LOOKUPS: 0.5}  # of what a text has in the training, where it is not 1
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
 MOST_WRITTEN = 1 << 23  # tokens of own text; writing one takes as long as training on two
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
@@ -86,19 +89,21 @@ def batches(tokens: int, window: int, device: torch.device, processes: int) -> t
     return micro, round(share / micro)
 
 
-def tokens_of_each(lengths: list[float], tokens: int) -> list[int]:
-    """How many tokens to train on of each text: as evenly as can be, none more than `MOST_READ` times.
+def tokens_of_each(lengths: dict[str, float], tokens: int) -> dict[str, int]:
+    """How many tokens to train on of each text: as evenly as `WEIGHTS` has it, none more than `MOST_READ` times.
 
     Args:
-        lengths: tokens that the texts have.
+        lengths: tokens that each text has, by its name.
         tokens: to train on.
 
     Returns:
         Tokens of each; together fewer if all texts are too short.
     """
-    result = [0] * len(lengths)
-    for done, place in enumerate(sorted(range(len(lengths)), key=lengths.__getitem__)):
-        result[place] = int(min((tokens - sum(result)) // (len(lengths) - done), MOST_READ * lengths[place]))
+    result: dict[str, int] = {}
+    weights = {name: WEIGHTS.get(name, 1.0) for name in lengths}
+    for name in sorted(lengths, key=lambda name: lengths[name] / weights[name]):
+        share = (tokens - sum(result.values())) * weights[name] / sum(weights[other] for other in lengths if other not in result)
+        result[name] = int(min(share, MOST_READ * lengths[name]))
     return result
 
 
@@ -140,6 +145,7 @@ def distil(
     training: Training,
     device: torch.device,
     processes: Any,
+    cut: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train a converted model to predict what the original predicts; goes on where an earlier call in `folder` was killed.
 
@@ -154,6 +160,7 @@ def distil(
         training: how.
         device: of this process.
         processes: Accelerate's state.
+        cut: what every second step makes shorter windows with, None for one length.
 
     Returns:
         What was done, on the main process, by the names of `HealReport`: `steps_taken`, `stopped_early` and `history`.
@@ -169,6 +176,7 @@ def distil(
         trainer = DistillationTrainer(
             teacher=original.requires_grad_(False),
             folder=folder,
+            cut=cut,
             model=student_to_train(student_checkpoint, training, device),
             args=training_arguments(folder, training, device, len(held), resumed is not None),
             train_dataset=Windows(windows),
@@ -191,7 +199,10 @@ def distil(
             callback.close()
         if main:
             trainer.state.save_to_json(str(trained))
-        del trainer
+        del trainer, callback
+        gc.collect()  # they refer to each other, and to all that was trained
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if not main:
         return {}
     state = TrainerState.load_from_json(str(trained))

@@ -40,12 +40,13 @@ from ..output.progress import layer_file, save_layer, size_folder, write_json
 from ..output.reports import Candidate, LayerReport, TextReport, with_sides
 from ..source.attention import attention_of
 from ..source.loading import compute_dtype
+from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
 from ..source.shards import load_file
 from ..source.streaming import LayerStream, allocate
 from ..source.text import begun
-from .windows import first_tokens, hold_back
+from .windows import first_tokens, hold_back, joined, whole_runs
 
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Job:
         seed: of the order of windows.
         qk_norm: "exact" or "fold".
         begin: the token that every sequence begins with, if there is one.
+        run: how many windows that follow one another in the texts make a long sequence for the end-to-end stage.
     """
 
     def __init__(
@@ -96,16 +98,15 @@ class Job:
         seed: int,
         qk_norm: str,
         begin: int | None = None,
+        run: int = 1,
     ) -> None:
         self.checkpoint, self.folder, self.device = checkpoint, folder, device
-        self.steps, self.seed, self.qk_norm, self.begin = steps, seed, qk_norm, begin
+        self.steps, self.seed, self.qk_norm, self.begin, self.run = steps, seed, qk_norm, begin, run
         self.scale = SCALES[device.type]
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())  # a text that is shorter than a window has shorter ones
-        count = max(2, tokens // window)
-        cut = {name: windows[:, : windows.shape[1] // window * window].reshape(-1, window) for name, windows in texts.items()}
-        self.texts = {name: windows[:count] for name, windows in cut.items()}
-        self.more = [windows[count:] for windows in cut.values()]
+        self.count, self.drawn = max(2, tokens // window), run  # windows of each text, and how many were drawn together
+        self.cut = {name: windows[:, : windows.shape[1] // window * window].reshape(-1, window) for name, windows in texts.items()}
         self.split(window)
 
     def split(self, window: int) -> None:
@@ -114,12 +115,19 @@ class Job:
         `windows` are those of all texts; `train`, `held` and `surveyed` are places among them. `firsts` are tokens that come first
         in a sequence; the layers are called with `alone` for them.
         """
-        self.texts = {name: begun(windows.reshape(-1, window), self.begin) for name, windows in self.texts.items()}
-        self.more = [begun(windows.reshape(-1, window), self.begin) for windows in self.more]
+        before = next(iter(self.cut.values())).shape[1]
+        if window < before:
+            self.cut = {name: windows[:, : before // window * window].reshape(-1, window) for name, windows in self.cut.items()}
+            self.count, self.run = self.count * (before // window), 1
+        counts = {name: whole_runs(min(self.count, len(windows)), self.run) for name, windows in self.cut.items()}
+        self.texts = {name: begun(windows[: counts[name]], self.begin) for name, windows in self.cut.items()}
         self.windows = torch.cat(list(self.texts.values()))
         self.stream.record_calls(window)
         self.batch = max(1, self.scale.batch // window)  # windows
-        self.train, self.held = hold_back(self.texts)
+        self.train, self.held = hold_back(self.texts, self.run)
+        if self.drawn > 1:  # for the first of them to be of many places
+            generator = torch.Generator().manual_seed(self.seed)
+            self.train = [places[torch.randperm(len(places), generator=generator)] for places in self.train]
         self.surveyed = interleaved(self.train)[: max(4, SURVEY_TOKENS // window)]
         length = min(FIRST_LENGTH, window)
         self.alone = self.stream.calls_alone(length)
@@ -129,6 +137,25 @@ class Job:
     def held_back(self) -> Tensor:
         """Token ids [windows, tokens] that nothing is fitted to, of all texts."""
         return self.windows[torch.cat(list(self.held.values()))]
+
+    def rows(self, run: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Sequences for the end-to-end stage, of so many windows that follow one another in a text.
+
+        Args:
+            run: windows in a sequence.
+
+        Returns:
+            Token ids [sequences, run * tokens] of each text without what is held back, and those that are held back, of all texts
+            but lookups, which flatter.
+        """
+        train, held = {}, []
+        for name, windows in self.cut.items():
+            stop = len(self.texts[name])
+            start = stop - len(self.held[name])
+            train[name] = begun(joined(torch.cat([windows[:start], windows[stop:]]), run), self.begin)
+            if name != LOOKUPS:
+                held.append(begun(joined(windows[start:stop], run), self.begin))
+        return train, torch.cat(held)
 
     def config(self, rank: int, rope_dim: int, dtype: str) -> Any:
         """The configuration of the converted model."""
@@ -173,8 +200,8 @@ class Job:
     def survey(self) -> int:
         """Survey the model; returns the context that it shows to be trained for."""
         names = [name for name, windows in self.texts.items() for _ in windows]
-        # Sequences of own text are put end to end.
-        whole = torch.tensor([names[place] != OWN_TEXT for place in self.surveyed.tolist()])
+        # Sequences of own text are put end to end, and no context tells what new thing is looked up next.
+        whole = torch.tensor([names[place] not in (OWN_TEXT, LOOKUPS) for place in self.surveyed.tolist()])
         return survey(self.stream, self.windows[self.surveyed], self.batch, self.folder, whole)
 
     def try_sizes(self, sizes: list[tuple[int, int]], processes: Any) -> list[float]:
@@ -331,13 +358,18 @@ class Job:
         return comparisons
 
     def closeness(self, comparisons: dict[str, Comparison]) -> dict[str, Any]:
-        """What was measured on each text's held-back windows, and on all together, as fields of a `ConvertReport`."""
+        """What was measured on each text's held-back windows, and on all together, as fields of a `ConvertReport`.
+
+        Lookups are not among what is taken together: text that is made to be predicted would flatter.
+        """
         total, texts = Comparison(), []
         for name, comparison in comparisons.items():
-            total.join(comparison)
+            if name != LOOKUPS:
+                total.join(comparison)
             held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
             texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
-        return {"held_back_tokens": sum(text.held_back_tokens for text in texts), "texts": texts, **with_sides(total.result())}
+        tokens = sum(text.held_back_tokens for text in texts if text.name != LOOKUPS)
+        return {"held_back_tokens": tokens, "texts": texts, **with_sides(total.result())}
 
 
 class HiddenStates:

@@ -1,27 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """A conversion to one size, through both stages: the layers one by one, then the whole model where there is memory for it.
 
-What is written is never further from the source than what the layers gave.
+What is written is never further from the source than what the layers gave, in sequences as long as those that were trained on.
 """
 
+import json
 import logging
 import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..errors import UserError
-from ..mathematics.measures import Comparison
-from ..output.progress import size_folder
+from ..mathematics.measures import Comparison, token_losses
+from ..mathematics.survey import trained_context
+from ..output.progress import size_folder, write_json
 from ..output.reports import Closeness, HealReport
 from ..output.writing import write_model
 from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.loading import compute_dtype, free_memory, load_model
+from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint, match_model
+from ..source.own_text import OWN_TEXT
+from ..source.text import begun
 from .end_to_end import (
     EVALUATIONS,
     RATES,
@@ -36,11 +43,13 @@ from .end_to_end import (
     write_trained,
 )
 from .layers import Job
+from .windows import whole_runs
 
 
 logger = logging.getLogger(__name__)
 
 HEAL_TOKENS = {"cuda": 20_000_000, "cpu": 0}
+LONG_ROWS = 4  # of each text, to see whether the original is trained for long sequences
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -69,10 +78,10 @@ def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens:
     processes.wait_for_everyone()
     if not heal_tokens:
         return config, measured
-    stage, comparisons = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
+    stage, comparisons, gained = end_to_end(open_checkpoint(str(layers)), job, place, heal_tokens, processes)
     if main:
         trained = job.closeness(comparisons)
-        if trained["kl"] <= measured["kl"]:
+        if gained:
             alone = Closeness(**{name: measured[name] for name in Closeness.__dataclass_fields__})
             return config, measured | {"end_to_end": stage, "layers_alone": alone, **trained}
         logger.warning("training the whole model gained nothing: what the layers gave is written")
@@ -83,7 +92,7 @@ def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens:
 
 def end_to_end(
     converted: Checkpoint, job: Job, folder: Path, tokens: int, processes: Any
-) -> tuple[HealReport, dict[str, Comparison]]:
+) -> tuple[HealReport, dict[str, Comparison], bool]:
     """Train the whole model to predict what its source predicts, and write it to `folder`/output.
 
     Args:
@@ -94,42 +103,72 @@ def end_to_end(
         processes: Accelerate's state.
 
     Returns:
-        What was done, and on the main process how close the models are on each text's held-back windows.
+        What was done, and on the main process how close the models are on each text's held-back windows, and whether this is
+        closer than before, in sequences as long as those trained on.
     """
-    source, window, count = job.checkpoint, job.windows.shape[1], processes.num_processes
-    windows = windows_to_train_on(job, tokens, warn=processes.is_main_process)
+    source, count, main = job.checkpoint, processes.num_processes, processes.is_main_process
+    original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
+    run = broadcast_object_list([windows_in_a_row(job, original.to(job.device)) if main else 1])[0]
+    texts, held = job.rows(run)
+    windows = windows_to_train_on(texts, tokens, warn=main)
+    window = windows.shape[1]
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
+    windows = windows[: whole_runs(len(windows), training.micro)]  # what is compiled, is so for each number of them
     training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
     plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
-    original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
-    begun = time.perf_counter()
-    done = distil(converted, original, windows, job.held_back, folder, training, job.device, processes)
-    report = replace(plan, **done, seconds=time.perf_counter() - begun)
+    started = time.perf_counter()
+    cut = partial(cut_rows, window=window // run, begin=job.begin) if run > 1 else None
+    done = distil(converted, original, windows, held, folder, training, job.device, processes, cut)
+    report = replace(plan, **done, seconds=time.perf_counter() - started)
     comparisons: dict[str, Comparison] = {}
-    if processes.is_main_process:
+    before, after = Comparison(), Comparison()
+    if main:
         output = write_trained(match_model(converted), folder, training)
         trained_model = load_model(open_checkpoint(str(output)), job.device, compute_dtype(converted, job.device))
         original = original.to(job.device)
         for name, places in job.held.items():
             comparisons[name] = Comparison()
             comparisons[name].add_models(original, trained_model, job.windows[places])
-    return report, comparisons
+        untrained = load_model(converted, job.device, compute_dtype(converted, job.device))
+        for comparison, model in ((before, untrained), (after, trained_model)):
+            comparison.add_models(original, model, held)
+    return report, comparisons, main and after.result()["kl"] <= before.result()["kl"]
 
 
-def windows_to_train_on(job: Job, tokens: int, *, warn: bool) -> Tensor:
-    """Windows [windows, tokens] of all texts to train the whole model on, those of a short text several times.
+def windows_in_a_row(job: Job, original: Any) -> int:
+    """How many windows make a long sequence: `run`, or 1 if the original is not trained for so long ones, or text is short."""
+    settled = job.folder / "sequences.json"  # for a resumed training to go on with the same
+    if not settled.exists():
+        length, texts = job.run * job.windows.shape[1], job.rows(job.run)[0]
+        rows = [text[:LONG_ROWS] for name, text in texts.items() if name not in (OWN_TEXT, LOOKUPS)]
+        short = [name for name, places in job.held.items() if len(places) < job.run]
+        reason = f"there is little text of {', '.join(short)}" if short else None
+        if reason is None and job.run > 1:
+            context = trained_context(token_losses(original, torch.cat(rows)).mean(0)) if rows else 0
+            reason = f"{job.checkpoint.name} does not show to be trained for such" if context < length else None
+        if reason is not None:
+            logger.warning("the whole model is not trained on sequences of %s tokens: %s", f"{length:,}", reason)
+        write_json({"windows": 1 if reason is not None else job.run}, settled)
+    return json.loads(settled.read_text(encoding="utf-8"))["windows"]
+
+
+def cut_rows(rows: Tensor, window: int, begin: int | None) -> Tensor:
+    """Cut long sequences [rows, tokens] into windows [windows, window], each begun as a text is."""
+    return begun(rows.reshape(-1, window), begin)
+
+
+def windows_to_train_on(texts: dict[str, Tensor], tokens: int, *, warn: bool) -> Tensor:
+    """Windows of all texts to train the whole model on, those of a short text several times.
 
     Args:
-        job: the conversion.
+        texts: token ids [windows, window] of each, by its name.
         tokens: to train on, in all.
         warn: whether to say so if the text is too short for so many.
 
     Returns:
-        Token ids, text by text.
+        Token ids [windows, window], text by text.
     """
-    window = job.windows.shape[1]
-    texts = [torch.cat([job.windows[places], more]) for places, more in zip(job.train, job.more, strict=True)]
-    there = sum(text.numel() for text in texts)
+    there = sum(text.numel() for text in texts.values())
     if warn and (times := round(tokens / there)) > TIMES_READ:
         logger.warning(
             "the end-to-end stage reads its text, %s tokens, %s times; what is read more than twice is learnt by heart: "
@@ -137,8 +176,8 @@ def windows_to_train_on(job: Job, tokens: int, *, warn: bool) -> Tensor:
             f"{there:,}",
             f"{times:,}",
         )
-    parts = tokens_of_each([text.numel() for text in texts], tokens)
-    return torch.cat([text[torch.arange(max(1, part // window)) % len(text)] for text, part in zip(texts, parts, strict=True)])
+    parts = tokens_of_each({name: text.numel() for name, text in texts.items()}, tokens)
+    return torch.cat([text[torch.arange(max(1, parts[name] // text.shape[1])) % len(text)] for name, text in texts.items()])
 
 
 def training_of_all(tokens: int, window: int, device: torch.device, processes: int, seed: int = 0) -> Training:

@@ -8,18 +8,24 @@ from torch import Tensor
 HELD_BACK = 8  # windows of each text, at most, that nothing is fitted to: errors are measured on them
 
 
-def hold_back(texts: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def whole_runs(count: int, run: int) -> int:
+    """So many windows without those beyond the last whole run of them; all if there is no whole one."""
+    return count // run * run or count
+
+
+def hold_back(texts: dict[str, Tensor], run: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Hold the end of each text back.
 
     Args:
         texts: token ids [windows, tokens] of each text, by its name.
+        run: windows that are held back together, where there are so many.
 
     Returns:
         Places among all windows, one text after the other: of those to fit to, a tensor for each text, and of those that are held
         back, by the name of the text.
     """
     places = torch.arange(sum(map(len, texts.values()))).split([len(windows) for windows in texts.values()])
-    held = [min(HELD_BACK, max(1, len(text) // 8)) for text in places]
+    held = [whole_runs(min(HELD_BACK, max(1, len(text) // 8)), run) for text in places]
     train = [text[: len(text) - count] for text, count in zip(places, held, strict=True)]
     return train, {name: text[-count:] for name, text, count in zip(texts, places, held, strict=True)}
 
@@ -44,3 +50,9 @@ def first_tokens(windows: Tensor, begin: int | None, length: int, most: int, see
     # And as often as the text has them: a few words begin many sequences.
     tokens = torch.cat([tokens, text[torch.randint(len(text), (len(tokens),), generator=generator)]])
     return tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
+
+
+def joined(windows: Tensor, run: int) -> Tensor:
+    """Windows [windows, tokens] put end to end, so many each; those of a text that has fewer come again."""
+    count = max(1, len(windows) // run)
+    return windows[torch.arange(count * run) % len(windows)].view(count, -1)
