@@ -9,6 +9,7 @@ the blocks of docs/scale.md. Each file names its machine. A median comes with it
 """
 
 import json
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -147,6 +148,23 @@ def long_context(result: dict[str, Any]) -> str:
     )
 
 
+def lookups(result: dict[str, Any]) -> str:
+    """Numbers found and short tasks of conversions that were calibrated on several kinds of text, by their names."""
+    source, *_ = models = result["models"]
+    lengths, tasks = [*source["trained"]["needles"]], [*source["trained"]["tasks"]]
+    rows = []
+    for model in models:
+        entry = model["trained"]
+        sizes = [model["name"]] if model is source else [f"{cache(model)}, {model['name']}"]
+        means = [sum([*entry["needles"][length].values()][:-1]) / (len(result["depths"]) - 1) for length in lengths]
+        first, *_, last = (f"x {part['ratio']:.3f}" for part in entry["positions"])
+        shares = [f"{share:.0%}" for share in (*means, *(entry["tasks"][task] for task in tasks))]
+        rows.append([*sizes, *shares, *(("-", "-") if model is source else (first, last))])
+    header = ["latent + rotary key", *(f"{int(length):,}" for length in lengths), *tasks, "books, 1/8", "8/8"]
+    questions = f"{result['questions']} questions at each length and depth, {result['task_questions']} of each task"
+    return f"{questions}, {result['device']}:\n\n{table(header, rows)}"
+
+
 def training(result: dict[str, Any]) -> str:
     """Tokens per second in training and in reading a prompt."""
     rows = []
@@ -173,9 +191,11 @@ def cache(conversion: dict[str, Any]) -> str:
 def stage(conversion: dict[str, Any], conversions: list[dict[str, Any]]) -> str:
     """How far a conversion went, with its seed where others differ from it in that alone."""
     tokens = conversion["heal_tokens"]
-    alike = [other for other in conversions if (cache(other), other["heal_tokens"]) == (cache(conversion), tokens)]
+    same = operator.itemgetter("kv_lora_rank", "qk_rope_head_dim", "heal_tokens", "calibration")
+    alike = [other for other in conversions if same(other) == same(conversion)]
     seed = f", seed {conversion['seed']}" if len({other["seed"] for other in alike}) > 1 else ""
-    return (f"+ {tokens / 1e6:.3g} M tokens" if tokens else "layers alone") + seed
+    lookups_too = ", with lookups" if "lookups" in conversion["calibration"] else ""
+    return (f"+ {tokens / 1e6:.3g} M tokens" if tokens else "layers alone") + lookups_too + seed
 
 
 def percent(share: float) -> str:
@@ -211,6 +231,7 @@ BLOCKS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode_kernel": decode_kernel,
     "gemma": real_model,
     "long_context": long_context,
+    "lookups": lookups,
     "native_model": native_model,
     "real_model": real_model,
     "tasks": tasks,
