@@ -33,7 +33,7 @@ from hf_mla_conversion.stages import one_size as converter
 TAKES_ROOM = {"open", "os.mkdir"}
 EVENTS = TAKES_ROOM | {"os.rename", "os.remove", "os.rmdir"}
 SIZES = ["--kv-lora-rank", "8", "--qk-rope-head-dim", "4", "--calibration-tokens", "512", "--steps", "0", "--device", "cpu"]
-SIZES += ["--calibration", BUNDLED_NAME]  # or a line would say what that costs
+SIZES += ["--calibration", BUNDLED_NAME, "--calibration", "lookups"]  # named, or a line would say what that costs
 
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
