@@ -212,7 +212,12 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("dest", metavar="DEST", help="folder to write")
     heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf or Hub id")
     heal.add_argument(
-        "--text", required=True, metavar="FILE", help="text (.txt, .jsonl, or either as .xz) or data set; a part is held back"
+        "--text",
+        required=True,
+        action="append",
+        metavar="TEXT",
+        help="text (.txt, .jsonl, or either as .xz), data set, or lookups, made of the others; a part is held back; may be "
+        "repeated",
     )
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
     heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")

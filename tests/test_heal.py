@@ -13,7 +13,7 @@ import torch
 from conftest import MODEL, VALIDATION, make_source, run_apart
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla_conversion import UserError, convert, heal
 from hf_mla_conversion.cli import main
@@ -21,8 +21,8 @@ from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
 from hf_mla_conversion.mathematics.distill import ChunkedDivergence, DistillationTrainer, divergence
 from hf_mla_conversion.source.matching import match_model
-from hf_mla_conversion.source.text import BUNDLED
-from hf_mla_conversion.stages.end_to_end import Training, Windows, training_arguments
+from hf_mla_conversion.source.text import BUNDLED, read_text, token_windows
+from hf_mla_conversion.stages.end_to_end import Training, Windows, distil, training_arguments
 
 
 CALIBRATION = str(BUNDLED / "calibration.txt.xz")
@@ -322,6 +322,7 @@ def test_gradient_checkpointing_gives_the_same_weights(pair, tmp_path):
         ({"learning_rate": math.nan}, "--learning-rate is nan; it must be positive"),
         ({"step_tokens": 0}, "--step-tokens is 0"),
         ({"text": "nowhere.txt"}, "there is no text file nowhere.txt"),
+        ({"text": ["lookups"]}, "--text lookups is made of other texts; give one beside it"),
         ({"teacher": MODEL}, "it was converted from another model"),
     ],
 )
@@ -329,6 +330,23 @@ def test_bad_input_is_one_line(pair, tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         small(pair, tmp_path / "healed", **changes)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_several_texts_and_lookups(pair, tmp_path, monkeypatch):
+    """Half as many of lookups as of another text; none of them is held back."""
+    seen = []
+    monkeypatch.setattr(healer, "distil", lambda *arguments: seen.append(arguments[2:4]) or distil(*arguments))
+    report = small(pair, tmp_path / "healed", text=[CALIBRATION, VALIDATION, "lookups"])
+    assert report.verify.perplexity_ratio > 0
+    ((trained, held),) = seen
+    tokenizer, texts = AutoTokenizer.from_pretrained(pair[0]), []
+    for name in (CALIBRATION, VALIDATION):
+        windows = token_windows(read_text(name, 1 << 14), tokenizer, 1 << 14, report.window)
+        texts.append({tuple(ids.tolist()) for ids in windows})
+    found = [[tuple(ids.tolist()) in text for text in texts] for ids in torch.cat([trained, held])]
+    assert len(found) == 2 * (16 + healer.HELD_BACK) + 8 and sum(map(any, found)) == len(found) - 8
+    assert all(any(places) for places in found[len(trained) :])
+    assert 0 < sum(first for first, _ in found[len(trained) :]) < len(held)  # of both
 
 
 def test_too_little_text_is_refused(pair, tmp_path):

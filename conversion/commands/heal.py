@@ -7,8 +7,10 @@ the record of what was done, and verifies it.
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +23,10 @@ from ..output.progress import source_fingerprint, token_fingerprint, versions, w
 from ..output.reports import HealReport
 from ..source.checkpoint import RECORD, Checkpoint, open_checkpoint, read_record
 from ..source.loading import choose_device, compute_dtype, launched_processes, load_model
+from ..source.lookups import LOOKUPS, lookup_windows
 from ..source.matching import ModelCheckpoint, match_model
-from ..source.text import read_text, token_windows
-from ..source.tokenizer import check_same_tokenizer, check_vocabulary, load_tokenizer
+from ..source.text import begun, read_text, token_windows
+from ..source.tokenizer import check_same_tokenizer, check_vocabulary, first_token, load_tokenizer
 from ..stages.end_to_end import (
     LORA_RANK,
     RATES,
@@ -33,6 +36,7 @@ from ..stages.end_to_end import (
     disk_estimate,
     distil,
     plan_training,
+    tokens_of_each,
     write_trained,
 )
 from .verify import check_pair, compare
@@ -48,7 +52,7 @@ def heal(
     dest: str,
     *,
     teacher: str,
-    text: str,
+    text: str | Sequence[str],
     steps: int = STEPS,
     train: str = "attention",
     lora_rank: int = LORA_RANK,
@@ -71,7 +75,8 @@ def heal(
         out: the converted checkpoint.
         dest: the folder to write; one that is not there appears when all is done.
         teacher: what `out` was converted from; a folder, a .gguf file or a Hub id.
-        text: a file or a data set, as for `convert`; a part of it is held back to measure on.
+        text: a file or a data set, as for `convert`, or several, mixed evenly; a part of it is held back to measure on. With
+            "lookups" among them the model is also trained on text, made of the others, in which things are looked up.
         steps: how many to take at most.
         train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
         lora_rank: rank of the adapters.
@@ -94,6 +99,9 @@ def heal(
     """
     started = time.perf_counter()
     check_options(steps, train, lora_rank, learning_rate, step_tokens)
+    names = [text] if isinstance(text, str) else list(dict.fromkeys(text))
+    if not {*names} - {LOOKUPS}:
+        raise UserError(f"--text {LOOKUPS} is made of other texts; give one beside it")
     student, source = open_checkpoint(out), open_checkpoint(teacher, revision)
     check_pair(student, source)
     student, source = match_model(student), match_model(source)
@@ -118,16 +126,21 @@ def heal(
 
     tokenizer = load_tokenizer(source.folder, teacher, trust_remote_code)
     check_same_tokenizer(student.folder, out, tokenizer, teacher, trust_remote_code)
-    most = (steps * plan.tokens_per_step // window + HELD_BACK) * window
-    windows = token_windows(read_text(text, most, tokenizer=tokenizer), tokenizer, most, window, seed)
+    parts = tokens_of_each(dict.fromkeys(names, math.inf), steps * plan.tokens_per_step)
+    windows = windows_of(
+        {name: (part // window + HELD_BACK) * window for name, part in parts.items() if name != LOOKUPS}, tokenizer, window, seed
+    )
     check_vocabulary(windows, student)
     held = held_back(windows, window, plan.tokens_per_step)
+    if LOOKUPS in parts:
+        written = lookup_windows([windows[held:]], tokenizer, max(1, parts[LOOKUPS] // window), window, seed)
+        windows = torch.cat([windows, begun(written, first_token(tokenizer))])
     recipe = {  # gradient checkpointing changes no result, so it is no part of it
         "out": out,
         "out_sha256": source_fingerprint(student),
         "teacher": teacher,
         "teacher_sha256": source_fingerprint(source),
-        "text": text,
+        "text": " and ".join(names),
         "text_sha256": token_fingerprint(windows),
         "train": train,
         "lora_rank": lora_rank if train == "lora" else None,
@@ -167,6 +180,19 @@ def check_options(steps: int, train: str, lora_rank: int, learning_rate: float |
         raise UserError(f"--learning-rate is {learning_rate}; it must be positive, {RATES[train]} is usual")
     if step_tokens is not None and step_tokens < 1:
         raise UserError(f"--step-tokens is {step_tokens}; allowed: 1 or more, some thousands are usual")
+
+
+def windows_of(texts: dict[str, int], tokenizer: Any, window: int, seed: int) -> Tensor:
+    """Windows [windows, window] of texts, each with as many tokens at most as it is given, in an order of the seed."""
+    cut = [
+        token_windows(read_text(name, tokens, tokenizer=tokenizer), tokenizer, tokens, window, seed)
+        for name, tokens in texts.items()
+    ]
+    if len(cut) == 1:  # which is drawn with the seed
+        return cut[0]
+    width = min(windows.shape[1] for windows in cut)
+    whole = torch.cat([windows[:, :width] for windows in cut])
+    return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))]
 
 
 def held_back(windows: Tensor, window: int, step_tokens: int) -> int:
