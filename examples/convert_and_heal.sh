@@ -33,8 +33,8 @@ source=$1 out=$2 text=$3 held_out=$4
 
 # shellcheck disable=SC2086 # options are several words
 {
-    hf-mla convert "$source" "$out" --calibration "$text" $convert
+    hf-mla convert "$source" "$out" --calibration "$text" --calibration lookups $convert
     # On several GPUs: accelerate launch --config_file examples/heal_accelerate.yaml -m hf_mla_conversion.cli heal ...
-    hf-mla heal "$out" "$out-healed" --teacher "$source" --text "$text" $heal
+    hf-mla heal "$out" "$out-healed" --teacher "$source" --text "$text" --text lookups $heal
     hf-mla verify "$out-healed" --against "$source" --text "$held_out" $verify
 }
