@@ -365,6 +365,21 @@ def test_a_triton_that_cannot_compile_gluon_gets_the_other_kernel(monkeypatch):
     assert decode_triton.decode_hopper is None
 
 
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+def test_many_small_weights_of_small_latents_count(codes):
+    """In 16 bits their product alone would be too small: one token outweighs each other one, and not all of them together."""
+    torch.manual_seed(0)
+    latent, rest = make_cache(1, 1500, 64, 16, 0, torch.float16, codes)
+    rest[..., :16], rest[..., 16] = 0, 4e-4
+    rest[:, 0, :16] = 1
+    latent[:, 1:] = latent[:, 1:].float().abs().to(codes)  # or they would cancel
+    query = torch.zeros(1, 4, 1, 80, device=DEVICE, dtype=torch.float16)
+    query[..., 64:] = 10 / 16  # its score is 10, those of all others 0
+    expected = reference(query, latent, rest, 64, 1.0)
+    out = decode_triton.latent_decode(query, latent, rest, 64, 1.0)
+    assert (out.double() - expected).norm() / expected.norm() < ERRORS[torch.float16]
+
+
 @pytest.mark.parametrize("splits", [3, 300])
 def test_any_number_of_splits_is_merged(splits, monkeypatch):
     """More than a program takes at once, too; splits without tokens weigh nothing."""
