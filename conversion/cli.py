@@ -157,12 +157,7 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--keep-own-text", action="store_true", default=None, help="leave what the source wrote in own_text.jsonl")
     convert.add_argument("--calibration-tokens", type=int, metavar="N", help="tokens of it to use (GPU 2097152, CPU 131072)")
-    convert.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="tokens of a sequence (the model's context, at most 2048; in turn with 8192 to train all of it)",
-    )
+    convert.add_argument("--window", type=int, metavar="N", help="tokens of a sequence (the context, at most 2048; then 8192 too)")
     convert.add_argument(
         "--steps",
         type=int,
@@ -211,14 +206,7 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("out", metavar="OUT", help="converted checkpoint")
     heal.add_argument("dest", metavar="DEST", help="folder to write")
     heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf or Hub id")
-    heal.add_argument(
-        "--text",
-        required=True,
-        action="append",
-        metavar="TEXT",
-        help="text (.txt, .jsonl, or either as .xz), data set, or lookups, made of the others; a part is held back; may be "
-        "repeated",
-    )
+    heal.add_argument("--text", required=True, action="append", metavar="TEXT", help="as convert's, but self; a part is held back")
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
     heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")
     heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_mla.layer_mla import rotary_embedding
 from hf_mla_conversion import convert, plan, verify
 from hf_mla_conversion.commands.plan import LIBRARIES, memory_estimate
+from hf_mla_conversion.mathematics import measures
 from hf_mla_conversion.mathematics import survey as survey_module
 from hf_mla_conversion.mathematics.measures import Comparison
 from hf_mla_conversion.mathematics.moments import gradient_moment
@@ -158,6 +159,14 @@ def test_own_text_says_nothing_about_the_context(tmp_path, monkeypatch):
     texts = {"prose": windows, OWN_TEXT: windows}
     Job(match_model(open_checkpoint(source)), tmp_path, texts, 256, torch.device("cpu"), 0, 0, "exact").survey()
     assert seen == [[True, False] * 3]  # one window of each is held back
+
+
+def test_losses_of_tokens_are_the_librarys(monkeypatch):
+    monkeypatch.setattr(measures, "HEAD_TOKENS", 16)
+    model, ids = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32), torch.randint(3, 4096, (2, 40))
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    torch.testing.assert_close(measures.token_losses(model, ids), expected)
 
 
 def test_trained_context():

@@ -20,6 +20,7 @@ from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.source.text import read_text, token_windows
 from hf_mla_conversion.stages import layers as layers_module
 from hf_mla_conversion.stages import one_size
+from hf_mla_conversion.stages.windows import without_held_back
 
 
 SIZES = {"kv_lora_rank": 24, "qk_rope_head_dim": 8, "device": "cpu"}
@@ -118,7 +119,7 @@ def test_what_cannot_be_looked_up(tmp_path, capsys):
     assert main(["convert", MODEL, str(tmp_path / "out"), "--calibration", "lookups"]) == 2
     assert "--calibration lookups is made of other texts; give one beside it, or self" in capsys.readouterr().err
     (tmp_path / "digits.txt").write_text("12 34 56\n" * 400)
-    with pytest.raises(UserError, match="--calibration lookups: the other texts have no words; leave it out"):
+    with pytest.raises(UserError, match="lookups are made of the words of the other texts, which have none; leave them out"):
         convert(
             MODEL, str(tmp_path / "out"), calibration=[str(tmp_path / "digits.txt"), "lookups"], calibration_tokens=512, **SIZES
         )
@@ -165,7 +166,7 @@ def test_long_sequences_follow_the_text(tmp_path, count):
     assert not trained & apart and not fitted & apart
     assert len(trained) == train["text"].numel() >= windows.numel() - held.numel() - 6 * 8
     assert apart == set(job.windows[job.held["text"]].flatten().tolist())
-    known = convert_module.without_held_back(windows, 320, 4)
+    known = without_held_back(windows, 320, 4)
     assert not set(known.flatten().tolist()) & apart
 
 

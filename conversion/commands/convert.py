@@ -44,7 +44,7 @@ from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
 from ..stages.one_size import convert_size, trainable_tokens
-from ..stages.windows import HELD_BACK, whole_runs
+from ..stages.windows import shorter, without_held_back
 from .plan import check_memory, disk_estimate, export_fields, make_plan, possible_sizes, size_ladder
 
 
@@ -218,9 +218,7 @@ def convert(
             own = max(share, min(trained_on[OWN_TEXT] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
             with processes.main_process_first():
                 sequences = own_windows(checkpoint, tokenizer, folder, run_device, own, run * window, seed)
-            if run > 1:
-                sequences = sequences[:, : sequences.shape[1] // window * window].reshape(-1, window)
-            texts[OWN_TEXT] = sequences
+            texts[OWN_TEXT] = shorter(sequences, min(window, sequences.shape[1]))
             recipe["own_text_sha256"] = token_fingerprint(texts[OWN_TEXT])
         elif calibration is None and processes.is_main_process:
             logger.warning(ALONE, source)
@@ -230,7 +228,7 @@ def convert(
             write = partial(lookup_windows, known, tokenizer, count, run * window, seed)
             with processes.main_process_first():
                 sequences = written_once(folder / "lookups.safetensors", write)
-            texts[LOOKUPS] = sequences.view(-1, window)
+            texts[LOOKUPS] = shorter(sequences, window)
             recipe["lookups_sha256"] = token_fingerprint(texts[LOOKUPS])
         recipe |= {"max_ratio": max_ratio, "asked": asked}  # not what the work depends on: another may go on with it
         job = Job(checkpoint, folder, texts, share, run_device, steps, seed, qk_norm, first_token(tokenizer), run)
@@ -263,12 +261,6 @@ def convert(
     if repository is not None:
         push(path, repository)
     return report
-
-
-def without_held_back(windows: Tensor, tokens: int, run: int) -> Tensor:
-    """Of a text's windows [windows, tokens] those that the layers are fitted to, if they are calibrated on so many tokens of it."""
-    count = whole_runs(min(len(windows), tokens // windows.shape[1]), run)
-    return windows[: max(1, count - HELD_BACK)]
 
 
 def written_once(file: Path, write: Callable[[], Tensor]) -> Tensor:

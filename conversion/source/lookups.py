@@ -82,7 +82,7 @@ class Writer:
         sample = "\n".join(tokenizer.decode(ids[:WORDS_FROM], skip_special_tokens=True) for ids in self.texts)
         self.words = sorted(set(re.findall(r"\b[^\W\d_]{3,10}\b", sample)))
         if not self.words:
-            raise UserError(f"--calibration {LOOKUPS}: the other texts have no words; leave it out")
+            raise UserError(f"{LOOKUPS} are made of the words of the other texts, which have none; leave them out")
         self.line = self.encoded("\n")
 
     def encoded(self, text: str) -> list[int]:

@@ -45,7 +45,7 @@ STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
 TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
-WEIGHTS = {LOOKUPS: 0.5}  # of what a text has in the training, where it is not 1
+SHARES = {LOOKUPS: 0.5}  # of a text in the training, beside 1 of each other
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
 MOST_WRITTEN = 1 << 23  # tokens of own text; writing one takes as long as training on two
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
@@ -90,7 +90,7 @@ def batches(tokens: int, window: int, device: torch.device, processes: int) -> t
 
 
 def tokens_of_each(lengths: dict[str, float], tokens: int) -> dict[str, int]:
-    """How many tokens to train on of each text: as evenly as `WEIGHTS` has it, none more than `MOST_READ` times.
+    """How many tokens to train on of each text: as evenly as `SHARES` has it, none more than `MOST_READ` times.
 
     Args:
         lengths: tokens that each text has, by its name.
@@ -100,10 +100,10 @@ def tokens_of_each(lengths: dict[str, float], tokens: int) -> dict[str, int]:
         Tokens of each; together fewer if all texts are too short.
     """
     result: dict[str, int] = {}
-    weights = {name: WEIGHTS.get(name, 1.0) for name in lengths}
-    for name in sorted(lengths, key=lambda name: lengths[name] / weights[name]):
-        share = (tokens - sum(result.values())) * weights[name] / sum(weights[other] for other in lengths if other not in result)
-        result[name] = int(min(share, MOST_READ * lengths[name]))
+    shares = {name: SHARES.get(name, 1.0) for name in lengths}
+    for name in sorted(lengths, key=lambda name: lengths[name] / shares[name]):
+        left = sum(share for other, share in shares.items() if other not in result)
+        result[name] = int(min((tokens - sum(result.values())) * shares[name] / left, MOST_READ * lengths[name]))
     return result
 
 

@@ -46,7 +46,7 @@ from ..source.own_text import OWN_TEXT
 from ..source.shards import load_file
 from ..source.streaming import LayerStream, allocate
 from ..source.text import begun
-from .windows import first_tokens, hold_back, joined, whole_runs
+from .windows import first_tokens, hold_back, joined, shorter, whole_runs
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Job:
         self.stream = LayerStream(checkpoint, device, compute_dtype(checkpoint, device))
         window = min(windows.shape[1] for windows in texts.values())  # a text that is shorter than a window has shorter ones
         self.count, self.drawn = max(2, tokens // window), run  # windows of each text, and how many were drawn together
-        self.cut = {name: windows[:, : windows.shape[1] // window * window].reshape(-1, window) for name, windows in texts.items()}
+        self.cut = {name: shorter(windows, window) for name, windows in texts.items()}
         self.split(window)
 
     def split(self, window: int) -> None:
@@ -117,7 +117,7 @@ class Job:
         """
         before = next(iter(self.cut.values())).shape[1]
         if window < before:
-            self.cut = {name: windows[:, : before // window * window].reshape(-1, window) for name, windows in self.cut.items()}
+            self.cut = {name: shorter(windows, window) for name, windows in self.cut.items()}
             self.count, self.run = self.count * (before // window), 1
         counts = {name: whole_runs(min(self.count, len(windows)), self.run) for name, windows in self.cut.items()}
         self.texts = {name: begun(windows[: counts[name]], self.begin) for name, windows in self.cut.items()}

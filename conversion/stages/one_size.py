@@ -43,7 +43,7 @@ from .end_to_end import (
     write_trained,
 )
 from .layers import Job
-from .windows import whole_runs
+from .windows import shorter, whole_runs
 
 
 logger = logging.getLogger(__name__)
@@ -120,8 +120,7 @@ def end_to_end(
     cut = partial(cut_rows, window=window // run, begin=job.begin) if run > 1 else None
     done = distil(converted, original, windows, held, folder, training, job.device, processes, cut)
     report = replace(plan, **done, seconds=time.perf_counter() - started)
-    comparisons: dict[str, Comparison] = {}
-    before, after = Comparison(), Comparison()
+    comparisons, gained = dict[str, Comparison](), False
     if main:
         output = write_trained(match_model(converted), folder, training)
         trained_model = load_model(open_checkpoint(str(output)), job.device, compute_dtype(converted, job.device))
@@ -130,9 +129,11 @@ def end_to_end(
             comparisons[name] = Comparison()
             comparisons[name].add_models(original, trained_model, job.windows[places])
         untrained = load_model(converted, job.device, compute_dtype(converted, job.device))
-        for comparison, model in ((before, untrained), (after, trained_model)):
-            comparison.add_models(original, model, held)
-    return report, comparisons, main and after.result()["kl"] <= before.result()["kl"]
+        before, after = Comparison(), Comparison()
+        before.add_models(original, untrained, held)
+        after.add_models(original, trained_model, held)
+        gained = after.result()["kl"] <= before.result()["kl"]
+    return report, comparisons, gained
 
 
 def windows_in_a_row(job: Job, original: Any) -> int:
@@ -154,7 +155,7 @@ def windows_in_a_row(job: Job, original: Any) -> int:
 
 def cut_rows(rows: Tensor, window: int, begin: int | None) -> Tensor:
     """Cut long sequences [rows, tokens] into windows [windows, window], each begun as a text is."""
-    return begun(rows.reshape(-1, window), begin)
+    return begun(shorter(rows, window), begin)
 
 
 def windows_to_train_on(texts: dict[str, Tensor], tokens: int, *, warn: bool) -> Tensor:

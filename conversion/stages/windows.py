@@ -13,6 +13,17 @@ def whole_runs(count: int, run: int) -> int:
     return count // run * run or count
 
 
+def shorter(windows: Tensor, window: int) -> Tensor:
+    """Windows [windows, tokens] cut into shorter ones [windows, window]; what is left of each is dropped."""
+    return windows[:, : windows.shape[1] // window * window].reshape(-1, window)
+
+
+def without_held_back(windows: Tensor, tokens: int, run: int) -> Tensor:
+    """Of a text's windows [windows, tokens] some that `hold_back` leaves, if layers are calibrated on so many tokens of it."""
+    count = whole_runs(min(len(windows), tokens // windows.shape[1]), run)
+    return windows[: max(1, count - HELD_BACK)]
+
+
 def hold_back(texts: dict[str, Tensor], run: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Hold the end of each text back.
 
