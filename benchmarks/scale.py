@@ -28,7 +28,6 @@ parser.add_argument("--parts", default="convert,heal,decode,batching,serve,long,
 parser.add_argument("--gpus", type=int, help="how many to use (all; without GPUs 2 processes)")
 parser.add_argument("--seconds", type=float, default=400.0)
 parser.add_argument("--layers", type=int, default=4, help="of the 32 of a Llama-3-8B that is converted")
-parser.add_argument("--part", type=int, help="of these layers, after which the conversion on one GPU is ended (none)")
 parser.add_argument("--steps", type=int, help="of the conversion of a layer (its default)")
 parser.add_argument("--requests", type=int, default=2000)
 parser.add_argument("--work", default="/tmp/scale", help="a folder for models and logs; emptied")
@@ -59,7 +58,7 @@ def everything(runs: Runs) -> None:
     conversion += lane("plan", ("plan", partial(convert.planned, runs)))
     decoding = [make_wide] if parts & {"decode", "batching"} else []
     decoding += lane("decode", ("decode-1", decode.decoded(runs, 1)))
-    decoding += batching + long if several == 1 else batching
+    decoding += batching + long if several == 1 else []
     runs.lanes(
         (1, conversion),
         (1, lane("heal", make_1b, closed_1b, ("heal-1b-1", heal.healed(runs, "1b", 1)))),
@@ -79,7 +78,8 @@ def everything(runs: Runs) -> None:
         runs.lanes((several, lane("heal", *both)))
         heal.compare(runs)
         runs.lanes((several, lane("decode", (f"decode-{several}", decode.decoded(runs, several)))))
-    runs.lanes((2, lane("heal", *((f"heal-deepspeed-{stage}", heal.deepspeed(runs, stage)) for stage in (3, 2)))), (1, long))
+    deepspeed = [(f"heal-deepspeed-{stage}", heal.deepspeed(runs, stage)) for stage in (3, 2)]
+    runs.lanes((2, lane("heal", *deepspeed)), (1, long), (1, batching))
     spread = ("decode-spread", decode.decoded(runs, 1, spread=True))
     runs.lanes(
         (2, lane("convert", ("convert-killed-and-resumed", convert.converted(runs, "convert-again", 2, kill=True)))),

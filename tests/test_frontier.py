@@ -140,9 +140,9 @@ def test_whole_conversion(tmp_path, monkeypatch):
     def stop(*_arguments):
         raise KeyboardInterrupt
 
-    def measure(job, config):
+    def measure(job, config, processes):
         sizes.append(config.kv_lora_rank)
-        return original(job, config)
+        return original(job, config, processes)
 
     def closer(job, comparisons):  # random weights lose nothing, with any cache
         return closeness(job, comparisons) | {"perplexity_ratio": 1 + 4 / sizes[-1]}

@@ -13,7 +13,6 @@ from .runs import CONVERT, ROOT, Runs
 
 
 SOURCE = "llama-8b-to-convert"
-AFTER_ALONE = 1.45  # of two, of which one measures while the other writes: 12.0 s beside 8.3, with 4 layers
 
 
 def make_llama(runs: Runs, name: str, layers: int, folder: str) -> Callable[[list[int]], Any]:
@@ -38,8 +37,7 @@ def command(runs: Runs, source: str, out: str, processes: int, *more: str) -> li
 def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Callable[[list[int]], Any]:
     """Convert the 8B layers.
 
-    With `kill`, a process is killed when half of the layers are done, and the same command goes on. With `--part`, one process is
-    ended after so many layers: what each of them takes is known by then.
+    With `kill`, a process is killed when half of the layers are done, and the same command goes on.
     """
 
     def measure(gpus: list[int]) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
         words = command(runs, SOURCE, out, processes)
         watched = runs.work / f".{out}.incomplete"
         found: dict[str, Any] = {"processes": processes, "layers": runs.arguments.layers}
-        half, part = max(1, runs.arguments.layers // 2), runs.arguments.part if processes == 1 else None
+        half = max(1, runs.arguments.layers // 2)
 
         def layers(marks: dict[str, float]) -> int:
             return sum("layer-" in mark for mark in marks)
@@ -57,18 +55,13 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
             found |= {"killed_after": first.killed, "exit_code": first.code, "seconds_until_it_ended": first.seconds}
             found["layers_kept"] = len([*watched.rglob("layer-*.safetensors")])
             found["output_there"] = (runs.work / out).exists()
-        enough = None if part is None else lambda marks: layers(marks) >= part
-        ran = runs.run(out, words, gpus, 260, watched=watched, kill=enough, rank=None if part else 1)
-        times = stages(ran.marks, ran.killed or ran.seconds, processes)
+        ran = runs.run(out, words, gpus, 260, watched=watched)
+        times, report = stages(ran.marks, ran.seconds, processes), ran.report
         found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
-        if part is None:
-            report = ran.report
-            found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"]}
-            # 0: the closed form was kept, after two tries to better it where there is usually one.
-            found["steps_kept"] = [layer["steps_kept"] for layer in report["layers"]]
-        else:
-            found["ended_after_layers"] = layers(ran.marks)
-        found["sha256"] = digests(runs.work / out if part is None else watched)
+        found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"]}
+        # 0: the closed form was kept, after two tries to better it where there is usually one.
+        found["steps_kept"] = [layer["steps_kept"] for layer in report["layers"]]
+        found["sha256"] = digests(runs.work / out)
         return found
 
     return measure
@@ -78,19 +71,14 @@ def compare(runs: Runs) -> None:
     """What the conversions show together."""
     made = {name: runs.results[name] for name in ("convert-1", "convert-n", "convert-killed-and-resumed") if name in runs.results}
     one, several = made.get("convert-1"), made.get("convert-n")
-    found, times = dict[str, Any](), dict[str, float]()
+    found = dict[str, Any]()
     if len(made) > 1:
-        shortest = min(len(entry["sha256"]) for entry in made.values())
-        same = len({tuple(entry["sha256"][:shortest]) for entry in made.values()}) == 1
-        found |= {"of": list(made), "layers_compared": shortest, "same_bytes": same}
+        same = len({tuple(entry["sha256"]) for entry in made.values()}) == 1
+        found |= {"of": list(made), "layers_compared": runs.arguments.layers, "same_bytes": same}
     if several:
         found["processes"] = several["processes"]
-        times["n"] = computed(several, several["seconds_after"])
-    if one and (several or "ended_after_layers" not in one):
-        # One process alone measures and writes one after the other; what that takes is not in a part.
-        after = AFTER_ALONE * several["seconds_after"] if several and "ended_after_layers" in one else one["seconds_after"]
-        times["1"] = computed(one, after)
-    if len(times) == 2:
+    times = {name.removeprefix("convert-"): computed(made[name]) for name in ("convert-1", "convert-n") if name in made}
+    if one and several:
         found["speedup_of_32_layers_computed"] = times["1"] / times["n"]
     if made:
         runs.keep("convert-compared", found | {"seconds_of_32_layers_computed": times})
@@ -151,34 +139,26 @@ def stages(marks: dict[str, float], seconds: float, processes: int) -> dict[str,
     return {f"seconds_{name}": value for name, value in parts.items()}
 
 
-def computed(found: dict[str, Any], after: float) -> float:
+def computed(found: dict[str, Any]) -> float:
     """Seconds of 32 layers: the survey grows with their number, the layers by turns, what comes after by 8.03 B weights."""
     layers, processes, first = found["layers"], found["processes"], found["seconds_first_turn"]
-    turns = math.ceil(found.get("ended_after_layers", layers) / processes)
-    other = (found["seconds_layers"] - first) / max(1, turns - 1)
+    other = (found["seconds_layers"] - first) / max(1, math.ceil(layers / processes) - 1)
     fitted = first + (math.ceil(32 / processes) - 1) * other
-    return found["seconds_before"] + found["seconds_survey"] * 32 / layers + fitted + after * 8.03 / (2 * 0.525 + layers * 0.218)
+    after = found["seconds_after"] * 8.03 / (2 * 0.525 + layers * 0.218)
+    return found["seconds_before"] + found["seconds_survey"] * 32 / layers + fitted + after
 
 
 def digests(folder: Path) -> list[str]:
-    """SHA-256 of each converted attention, by layer: over its tensors' bytes, by name; of an output, or of unfinished work."""
+    """SHA-256 of each converted attention, by layer: over its tensors' bytes, by name."""
     places: dict[int, dict[str, tuple[Path, int, int]]] = {}
-    for file in sorted(folder.rglob("*.safetensors")):
-        finished = re.fullmatch(r"layer-(\d+)", file.stem)
-        if not finished and not file.stem.startswith("model"):
-            continue
+    for file in sorted(folder.glob("*.safetensors")):
         with open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             for name, entry in json.loads(opened.read(length)).items():
                 inside = re.search(r"layers\.(\d+)\.self_attn\.(.*)", name)
-                if finished and name != "__metadata__":
-                    layer = int(finished[1])
-                elif inside:
-                    layer, name = int(inside[1]), inside[2]
-                else:
-                    continue
-                begin, end = entry["data_offsets"]
-                places.setdefault(layer, {})[name] = (file, 8 + length + begin, end - begin)
+                if inside:
+                    begin, end = entry["data_offsets"]
+                    places.setdefault(int(inside[1]), {})[inside[2]] = (file, 8 + length + begin, end - begin)
     found = []
     for layer in sorted(places):
         total = hashlib.sha256()

@@ -142,7 +142,6 @@ class Runs:
         environment: dict[str, str] | None = None,
         watched: Path | None = None,
         kill: Callable[[dict[str, float]], bool] | None = None,
-        rank: int | None = 1,
     ) -> Ran:
         """Run a command on some GPUs; an error if it fails, or where it is to be killed, if it ends before.
 
@@ -153,8 +152,7 @@ class Runs:
             seconds: at most.
             environment: more of it.
             watched: a folder of unfinished work whose files are noted when they appear.
-            kill: says, of these, when to kill a process, once.
-            rank: whose; None for all.
+            kill: says, of these, when to kill the second process, once.
 
         Returns:
             What came of it.
@@ -175,8 +173,7 @@ class Runs:
                 while process.poll() is None:
                     self.look(ran, process.pid, gpus, watched, begun)
                     if kill is not None and ran.killed is None and kill(ran.marks):
-                        killed = kill_rank(process.pid, rank) if rank is not None else end(ran) is None
-                        ran.killed = killed and time.monotonic() - begun
+                        ran.killed = kill_rank(process.pid, 1) and time.monotonic() - begun
                     if time.monotonic() - begun > seconds:
                         raise NotRunError(f"stopped after {seconds:.0f} s; {tail(logs)}")
                     time.sleep(0.2)

@@ -188,7 +188,7 @@ def convert(
     recipe = {
         "source": source,
         "revision": revision,
-        "source_sha256": source_fingerprint(checkpoint),
+        "source_sha256": broadcast_object_list([source_fingerprint(checkpoint) if processes.is_main_process else None])[0],
         "calibration": " and ".join(names),
         "calibration_tokens": tokens,
         "window": window,

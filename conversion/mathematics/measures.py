@@ -2,7 +2,7 @@
 """How far one model's predictions are from another's."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
@@ -57,6 +57,14 @@ class Comparison:
         """Take in all that another comparison has."""
         self.sums += other.sums
         self.predictions += other.predictions
+
+    @classmethod
+    def joined(cls, comparisons: "Iterable[Comparison]") -> "Comparison":
+        """What several comparisons have together."""
+        total = cls()
+        for comparison in comparisons:
+            total.join(comparison)
+        return total
 
     def add_states(
         self, source: Tensor, converted: Tensor, heads: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]], ids: Tensor

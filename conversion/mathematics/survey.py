@@ -139,8 +139,9 @@ def loss_gradient(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor)
         stop = min(start + step, ids.shape[1] - 1)
         inputs = states[:, start:stop].detach().requires_grad_(True)
         logits = head(inputs)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # [B, vocabulary, T]
-        losses.append(nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1], reduction="none"))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)  # [B T, vocabulary]
+        each = nn.functional.cross_entropy(logits, ids[:, start + 1 : stop + 1].flatten(), reduction="none")
+        losses.append(each.view(len(ids), -1))
         # The sum, not the mean: gradients of equal scale whatever the batch.
         gradient[:, start:stop] = torch.autograd.grad(losses[-1].sum(), inputs)[0]
     return gradient, torch.cat([part.detach() for part in losses], dim=1)

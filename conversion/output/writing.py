@@ -75,7 +75,7 @@ def check_carried(source: Checkpoint, config: Any, tokenizer: Any) -> None:
         logger.warning("%s asks `generate` for a cache that latents have no form of: %s is left out", source.name, refused)
 
 
-def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, dtype: str, tokenizer: Any) -> None:
+def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, dtype: str, tokenizer: Any, processes: Any) -> None:
     """Put the converted model together: weights, configuration, code and tokenizer, but no card and no record.
 
     Args:
@@ -85,11 +85,14 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
         config: of the converted model.
         dtype: type of the numbers; "auto" for what each was stored in.
         tokenizer: the source's.
+        processes: Accelerate's state; all share the weights out.
     """
     assert source.folder is not None
     final, folder = folder, work / "partial" / folder.name
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
+    if processes.is_main_process:
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        folder.mkdir(parents=True)
+    processes.wait_for_everyone()
     wanted = None if dtype == "auto" else getattr(torch, dtype)
     prefix = FAMILIES[source.config.model_type].attention
     kept = source.kept
@@ -109,7 +112,10 @@ def write_model(work: Path, folder: Path, source: ModelCheckpoint, config: Any, 
             return load_file(file)[inside]
         return source.stored.load([kept[name]], "cpu", wanted)[kept[name]]
 
-    ShardWriter(folder, tensors).write(read)
+    ShardWriter(folder, tensors).write(read, processes.process_index, processes.num_processes)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return
     package = Path(hf_mla.__file__).parent
     for file_name in REMOTE_FILES:
         shutil.copy(package / file_name, folder / file_name)

@@ -157,15 +157,22 @@ class ShardWriter:
         # Widest types first, so that every tensor starts at a multiple of its width.
         self._shards = [sorted(names, key=lambda name: -ITEMSIZE[tensors[name].dtype]) for names in shards]
 
-    def write(self, read: "Callable[[str], Tensor]") -> None:
-        """Write all shards, and the index if there are several; `read` gives a tensor by its name."""
+    def write(self, read: "Callable[[str], Tensor]", process: int = 0, processes: int = 1) -> None:
+        """Write all shards, and the index if there are several.
+
+        Args:
+            read: gives a tensor by its name.
+            process: of several that write the same model, which this is; each writes its share of the shards.
+            processes: how many there are.
+        """
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             file = WEIGHTS if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
-            self._write_shard(self.folder / file, names, read)
-        if count > 1:
+            if number % processes == process:
+                self._write_shard(self.folder / file, names, read)
+        if count > 1 and process == 0:
             index = {
                 "metadata": {"total_size": sum(tensor.bytes for tensor in self.tensors.values())},
                 "weight_map": dict(sorted(weight_map.items())),

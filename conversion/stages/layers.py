@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -57,13 +57,13 @@ TIE = 0.1  # of the error of a split: what a wider rotary key is worth in contex
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Make a GPU compute the same numbers every time, so that a resumed conversion ends as an uninterrupted one."""
+def repeatable(wanted: bool = True) -> Iterator[None]:
+    """Make a GPU compute the same numbers every time, so that what is resumed ends as if uninterrupted; else as fast as it can."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False  # costs time, and nothing reads it
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(wanted)
     try:
         yield
     finally:
@@ -327,9 +327,18 @@ class Job:
         return rotary(*place) if kind is None else rotary(*place, kind)
 
     @torch.no_grad()
-    def measure(self, config: Any) -> dict[str, Comparison]:
-        """Compare the converted layers with the source on each text's held-back windows, a layer of each at a time."""
-        windows = self.held_back
+    def measure(self, config: Any, processes: Any) -> dict[str, Comparison]:
+        """Compare the converted layers with the source on each text's held-back windows, a layer of each at a time.
+
+        Args:
+            config: of the converted model.
+            processes: Accelerate's state; each takes its share of the windows.
+
+        Returns:
+            The comparisons by text, of all processes together.
+        """
+        mine = slice(processes.process_index, None, processes.num_processes)
+        windows = self.held_back[mine]
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
         converted = source.clone()
@@ -347,7 +356,7 @@ class Job:
                 finally:
                     setattr(layer, name, original)
         comparisons = {name: Comparison() for name in self.held}
-        names = [name for name, held in self.held.items() for _ in held]
+        names = [name for name, held in self.held.items() for _ in held][mine]
         with self.stream.head() as head:
 
             def logits(states: Tensor) -> Tensor:
@@ -355,17 +364,16 @@ class Job:
 
             for name, first, second, ids in zip(names, source, converted, windows, strict=True):
                 comparisons[name].add_states(first.to(self.device), second.to(self.device), (logits, logits), ids.to(self.device))
-        return comparisons
+        parts = gather_object([comparisons])
+        return {name: Comparison.joined([part[name] for part in parts]) for name in comparisons}
 
     def closeness(self, comparisons: dict[str, Comparison]) -> dict[str, Any]:
         """What was measured on each text's held-back windows, and on all together, as fields of a `ConvertReport`.
 
         Lookups are not among what is taken together: text that is made to be predicted would flatter.
         """
-        total, texts = Comparison(), []
+        total, texts = Comparison.joined(comparisons[name] for name in comparisons if name != LOOKUPS), []
         for name, comparison in comparisons.items():
-            if name != LOOKUPS:
-                total.join(comparison)
             held, result = len(self.held[name]) * self.windows.shape[1], with_sides(comparison.result())
             texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
         tokens = sum(text.held_back_tokens for text in texts if text.name != LOOKUPS)

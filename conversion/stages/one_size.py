@@ -42,7 +42,7 @@ from .end_to_end import (
     tokens_of_each,
     write_trained,
 )
-from .layers import Job
+from .layers import Job, repeatable
 from .windows import shorter, whole_runs
 
 
@@ -70,11 +70,11 @@ def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens:
     main, place = processes.is_main_process, size_folder(job.folder, config)
     job.convert_layers(config, processes)
     processes.wait_for_everyone()
-    measured = job.closeness(job.measure(config)) if main else {}
+    compared = job.measure(config, processes)
+    measured = job.closeness(compared) if main else {}
     layers = place / ("layers" if heal_tokens else "output")
-    # The last process writes while the first one measures.
-    if processes.process_index == processes.num_processes - 1 and not (heal_tokens and layers.exists()):
-        write_model(place, layers, job.checkpoint, config, dtype, tokenizer)
+    if not broadcast_object_list([heal_tokens and layers.exists()])[0]:
+        write_model(place, layers, job.checkpoint, config, dtype, tokenizer, processes)
     processes.wait_for_everyone()
     if not heal_tokens:
         return config, measured
@@ -118,7 +118,8 @@ def end_to_end(
     plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
     started = time.perf_counter()
     cut = partial(cut_rows, window=window // run, begin=job.begin) if run > 1 else None
-    done = distil(converted, original, windows, held, folder, training, job.device, processes, cut)
+    with repeatable(job.device.type == "cpu"):  # on a GPU that takes half as long again
+        done = distil(converted, original, windows, held, folder, training, job.device, processes, cut)
     report = replace(plan, **done, seconds=time.perf_counter() - started)
     comparisons, gained = dict[str, Comparison](), False
     if main:
