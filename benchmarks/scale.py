@@ -24,7 +24,7 @@ from scaling.runs import HERE, ROOT, Runs, Step
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--parts", default="convert,heal,decode,batching,serve,long,plan")
+parser.add_argument("--parts", default="convert,heal,zero,decode,batching,serve,long,plan")
 parser.add_argument("--gpus", type=int, help="how many to use (all; without GPUs 2 processes)")
 parser.add_argument("--seconds", type=float, default=400.0)
 parser.add_argument("--layers", type=int, default=4, help="of the 32 of a Llama-3-8B that is converted")
@@ -59,9 +59,11 @@ def everything(runs: Runs) -> None:
     decoding = [make_wide] if parts & {"decode", "batching"} else []
     decoding += lane("decode", ("decode-1", decode.decoded(runs, 1)))
     decoding += batching + long if several == 1 else []
+    healing = [make_1b, closed_1b] if parts & {"heal", "zero"} else []
+    healing += lane("heal", ("heal-1b-1", heal.healed(runs, "1b", 1)))
     runs.lanes(
         (1, conversion),
-        (1, lane("heal", make_1b, closed_1b, ("heal-1b-1", heal.healed(runs, "1b", 1)))),
+        (1, healing),
         (1, decoding),
         (1, lane("heal", make_8b, closed_8b, ("heal-8b-1", heal.healed(runs, "8b", 1)))),
     )
@@ -78,8 +80,8 @@ def everything(runs: Runs) -> None:
         runs.lanes((several, lane("heal", *both)))
         heal.compare(runs)
         runs.lanes((several, lane("decode", (f"decode-{several}", decode.decoded(runs, several)))))
-    deepspeed = [(f"heal-deepspeed-{stage}", heal.deepspeed(runs, stage)) for stage in (3, 2)]
-    runs.lanes((2, lane("heal", *deepspeed)), (1, long), (1, batching))
+    deepspeed = [(f"heal-1b-2-zero-{stage}", heal.healed(runs, "1b", 2, stage=stage)) for stage in (3, 2)]
+    runs.lanes((2, lane("zero", *deepspeed)), (1, long), (1, batching))
     spread = ("decode-spread", decode.decoded(runs, 1, spread=True))
     runs.lanes(
         (2, lane("convert", ("convert-killed-and-resumed", convert.converted(runs, "convert-again", 2, kill=True)))),

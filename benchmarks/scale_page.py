@@ -59,11 +59,11 @@ def heal(report: dict[str, Any]) -> str:
     for name, found in sorted(report["results"].items()):
         if re.fullmatch(r"heal-\d+b-.*", name):
             compared = report["results"].get(f"compared-{name}", {})
-            speedup, loss = compared.get("speedup"), compared.get("loss_differs_by")
+            speedup, loss, zero = compared.get("speedup"), compared.get("loss_differs_by"), found.get("zero")
             rows.append(
                 [
                     titles[found["model"]],
-                    found["train"] + (", killed" if "killed" in name else ""),
+                    found["train"] + (", killed" if "killed" in name else "") + (f", ZeRO-{zero}" if zero else ""),
                     found["processes"],
                     f"{found['tokens_per_second']:,.0f}",
                     "-" if speedup is None else f"x {speedup:.2f}",

@@ -16,21 +16,29 @@ from .runs import ROOT, TASKS, Runs
 def healed(runs: Runs, model: str, processes: int, **changes: Any) -> Callable[[list[int]], Any]:
     """Heal in a few steps, of which only speed, loss and memory are wanted; `train` is what is trained.
 
-    With `kill`, a process is killed after a checkpoint; the same command then goes on, to the end.
+    With `kill`, a process is killed after a checkpoint; the same command then goes on, to the end. With `stage`, it is sharded by
+    the example's configuration for DeepSpeed, with this stage of ZeRO, where that is installed.
     """
-    train, kill = changes.get("train", "all"), changes.get("kill", False)
+    train, kill, stage = changes.get("train", "all"), changes.get("kill", False), changes.get("stage")
 
     def measure(gpus: list[int]) -> dict[str, Any]:
+        if stage and importlib.util.find_spec("deepspeed") is None:
+            raise NotRunError("DeepSpeed is not installed")
         runs.has(f"{model}-mla")
         name = f"heal-{model}-{processes}" + ("-killed" if kill else "") + ("-lora" if train == "lora" else "")
+        name += f"-zero-{stage}" if stage else ""
         source, out, dest = (str(runs.work / folder) for folder in (f"llama-{model}", f"{model}-mla", name))
         words = ["heal", out, dest, "--teacher", source, "--text", str(runs.work / "short.txt"), "--train", train, "--json"]
         words += ["--gradient-checkpointing", "--steps", "8", "--step-tokens", "4096" if runs.tiny else "65536"]
         words += ["--device", "cpu"] if runs.tiny else []
-        config = ["--config_file", str(runs.work / "fsdp.yaml") if runs.tiny else "examples/heal_accelerate.yaml"]
-        command = [*runs.launch(processes, *config), *TASKS[1:], *words]
+        config = str(runs.work / "fsdp.yaml") if runs.tiny else "examples/heal_accelerate.yaml"
+        if stage:
+            config = str(runs.work / f"{name}.yaml")
+            example = (ROOT / "examples" / "heal_deepspeed.yaml").read_text()
+            Path(config).write_text(re.sub("zero_stage: .", f"zero_stage: {stage}", example))
+        command = [*runs.launch(processes, "--config_file", config), *TASKS[1:], *words]
         environment = {"SCALE_STOP": "0" if kill else "1"}
-        found: dict[str, Any] = {"model": model, "processes": processes, "train": train}
+        found: dict[str, Any] = {"model": model, "processes": processes, "train": train, "zero": stage}
         if kill:
             watched = runs.work / f".{name}.incomplete"
             first = runs.run(
@@ -77,22 +85,3 @@ def compare(runs: Runs) -> None:
                 found = {"speedup": other["tokens_per_second"] / one["tokens_per_second"]}
                 found["loss_differs_by"] = max(losses, default=None)
                 runs.keep(f"compared-{name}", found)
-
-
-def deepspeed(runs: Runs, stage: int) -> Callable[[list[int]], Any]:
-    """The example's configuration for DeepSpeed, with this stage of ZeRO, where it is installed."""
-
-    def measure(gpus: list[int]) -> dict[str, Any]:
-        if importlib.util.find_spec("deepspeed") is None:
-            raise NotRunError("DeepSpeed is not installed")
-        runs.has("1b-mla")
-        name = f"heal-deepspeed-{stage}"
-        example = (ROOT / "examples" / "heal_deepspeed.yaml").read_text()
-        (runs.work / f"{name}.yaml").write_text(re.sub("zero_stage: .", f"zero_stage: {stage}", example))
-        words = ["heal", str(runs.work / "1b-mla"), str(runs.work / name), "--teacher", str(runs.work / "llama-1b"), "--text"]
-        words += [str(runs.work / "short.txt"), "--train", "all", "--gradient-checkpointing", "--steps", "4", "--json"]
-        launch = runs.launch(2, "--config_file", str(runs.work / f"{name}.yaml"))
-        ran = runs.run(name, [*launch, *TASKS[1:], *words], gpus, 150)
-        return {"seconds": ran.seconds, "peak_gpu": ran.peak_gpu, "history": ran.report["history"]}
-
-    return measure

@@ -101,7 +101,7 @@ def batching(folder: str, gqa: str, tiny: bool) -> None:
         result(not_run=f"Transformers {transformers.__version__} does not hand pages to the attention; 5.19 does")
         return
     draw = random.Random(0)
-    count, longest, new = (6, 60, 4) if tiny else (128, 4096, 64)
+    count, longest, new = (6, 60, 4) if tiny else (64, 4096, 64)
     prompts = [[draw.randrange(1000) for _ in range(draw.randint(longest // 8, longest))] for _ in range(count)]
     for name, place in (("converted", folder), ("gqa", gqa)):
         model = load(place, torch.bfloat16, False)
