@@ -55,7 +55,7 @@ def converted(runs: Runs, out: str, processes: int, *, kill: bool = False) -> Ca
             found |= {"killed_after": first.killed, "exit_code": first.code, "seconds_until_it_ended": first.seconds}
             found["layers_kept"] = len([*watched.rglob("layer-*.safetensors")])
             found["output_there"] = (runs.work / out).exists()
-        ran = runs.run(out, words, gpus, 260, watched=watched)
+        ran = runs.run(out, words, gpus, 140 + 20 * runs.arguments.layers, watched=watched)
         times, report = stages(ran.marks, ran.seconds, processes), ran.report
         found |= {"seconds": ran.seconds, **({} if kill else times), "peak_gpu": ran.peak_gpu, "peak_host": ran.peak_host}
         found |= {"calibration_tokens": report["calibration_tokens"], "steps": report["steps"]}
@@ -77,8 +77,10 @@ def compare(runs: Runs) -> None:
         found |= {"of": list(made), "layers_compared": runs.arguments.layers, "same_bytes": same}
     if several:
         found["processes"] = several["processes"]
-    times = {name.removeprefix("convert-"): computed(made[name]) for name in ("convert-1", "convert-n") if name in made}
-    if one and several:
+    # Of one turn, all of it in which steps are compiled, nothing is known of others.
+    known = {"1": one, "n": several}
+    times = {name: computed(entry) for name, entry in known.items() if entry and entry["layers"] > entry["processes"]}
+    if len(times) == 2:
         found["speedup_of_32_layers_computed"] = times["1"] / times["n"]
     if made:
         runs.keep("convert-compared", found | {"seconds_of_32_layers_computed": times})
@@ -142,7 +144,7 @@ def stages(marks: dict[str, float], seconds: float, processes: int) -> dict[str,
 def computed(found: dict[str, Any]) -> float:
     """Seconds of 32 layers: the survey grows with their number, the layers by turns, what comes after by 8.03 B weights."""
     layers, processes, first = found["layers"], found["processes"], found["seconds_first_turn"]
-    other = (found["seconds_layers"] - first) / max(1, math.ceil(layers / processes) - 1)
+    other = (found["seconds_layers"] - first) / (math.ceil(layers / processes) - 1)
     fitted = first + (math.ceil(32 / processes) - 1) * other
     after = found["seconds_after"] * 8.03 / (2 * 0.525 + layers * 0.218)
     return found["seconds_before"] + found["seconds_survey"] * 32 / layers + fitted + after

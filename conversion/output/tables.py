@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the commands print, unless asked for JSON."""
 
+import statistics
 from typing import Any
 
 
@@ -68,7 +69,7 @@ def convert_table(result: Any) -> str:
     stage = result.end_to_end
     if stage:
         speeds = [entry["tokens_per_second"] for entry in stage.history if "tokens_per_second" in entry]
-        trained = f"{stage.steps_taken * stage.tokens_per_step:,} tokens, {max(speeds, default=0):,.0f} a second"
+        trained = f"{stage.steps_taken * stage.tokens_per_step:,} tokens, {statistics.median(speeds or [0]):,.0f} a second"
         trained += f", about {size(stage.memory_bytes['total'])} of memory"
         summary["end to end"] = f"{trained}; perplexity x {result.layers_alone.perplexity_ratio:.4f} before"
     summary |= {

@@ -332,12 +332,13 @@ class Job:
 
         Args:
             config: of the converted model.
-            processes: Accelerate's state; each takes its share of the windows.
+            processes: Accelerate's state; each takes its share of the windows, whole batches.
 
         Returns:
             The comparisons by text, of all processes together.
         """
-        mine = slice(processes.process_index, None, processes.num_processes)
+        batches = share(len(self.held_back), self.batch, processes.process_index, processes.num_processes)
+        mine = torch.cat([torch.empty(0, dtype=torch.long), *batches])
         windows = self.held_back[mine]
         source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
         self.stream.embed(windows, source)
@@ -356,7 +357,8 @@ class Job:
                 finally:
                     setattr(layer, name, original)
         comparisons = {name: Comparison() for name in self.held}
-        names = [name for name, held in self.held.items() for _ in held][mine]
+        texts = [name for name, held in self.held.items() for _ in held]
+        names = [texts[place] for place in mine.tolist()]
         with self.stream.head() as head:
 
             def logits(states: Tensor) -> Tensor:
@@ -407,9 +409,8 @@ class HiddenStates:
             self.whole_firsts = torch.empty_like(self.firsts)
 
     def share(self, process: int) -> list[Tensor]:
-        """The windows that a process passes on, in batches; none where there are few."""
-        batches = torch.arange(len(self.job.windows)).split(self.job.batch)
-        return [*batches][process :: self.processes.num_processes]
+        """The windows that a process passes on, in batches."""
+        return share(len(self.job.windows), self.job.batch, process, self.processes.num_processes)
 
     def pass_through(self, layer: Any) -> None:
         """Pass this process's share through the layer that they enter."""
@@ -442,6 +443,11 @@ class HiddenStates:
                     received = torch.empty_like(into, device=self.job.device)
                     torch.distributed.recv(received, process)
                     into.copy_(received)
+
+
+def share(count: int, batch: int, process: int, processes: int) -> list[Tensor]:
+    """Which of so many windows a process takes, in batches, which are those of a single process; none where there are few."""
+    return [*torch.arange(count).split(batch)][process::processes]
 
 
 def best_split(candidates: list[Candidate]) -> Candidate:

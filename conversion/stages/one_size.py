@@ -70,8 +70,8 @@ def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens:
     main, place = processes.is_main_process, size_folder(job.folder, config)
     job.convert_layers(config, processes)
     processes.wait_for_everyone()
-    compared = job.measure(config, processes)
-    measured = job.closeness(compared) if main else {}
+    measured = job.closeness(job.measure(config, processes))  # by all: what is not finite, all of them say in a line
+    measured = measured if main else {}
     layers = place / ("layers" if heal_tokens else "output")
     if not broadcast_object_list([heal_tokens and layers.exists()])[0]:
         write_model(place, layers, job.checkpoint, config, dtype, tokenizer, processes)
