@@ -181,8 +181,9 @@ def convert_attention(attention: Any, moment: LayerMoments, config: Any) -> tupl
     compressed = torch.cat([factors.down, rotary_key])  # [R + P, D + 1]
 
     weight = source.output.weight
-    mla = MLAAttention(config, attention.layer_idx).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    mla.requires_grad_(False)
+    with torch.device("meta"):  # random weights would take time to draw
+        mla = MLAAttention(config, attention.layer_idx).to(torch.promote_types(weight.dtype, torch.float32))
+    mla.to_empty(device=weight.device).requires_grad_(False)
     mla.q_proj.weight.copy_(queries[:, :hidden])
     mla.kv_a_proj_with_mqa.weight.copy_(compressed[:, :hidden])
     mla.kv_a_layernorm.variance_epsilon = IDENTITY_NORM_EPS  # also where the model will have a norm that is fitted

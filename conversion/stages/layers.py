@@ -340,14 +340,16 @@ class Job:
         batches = share(len(self.held_back), self.batch, processes.process_index, processes.num_processes)
         mine = torch.cat([torch.empty(0, dtype=torch.long), *batches])
         windows = self.held_back[mine]
-        source = torch.empty(*windows.shape, config.hidden_size, dtype=self.stream.dtype)
+        file = self.folder / f"measured-{processes.process_index}.bin"
+        source = allocate((*windows.shape, config.hidden_size), self.stream.dtype, self.device, file)
         self.stream.embed(windows, source)
         converted = source.clone()
         for index in tqdm(range(len(self.stream)), desc="measuring", unit="layer"):
             call = self.stream.calls[index]
             embeddings = self.rotation(config, index, source)
-            mla = MLAAttention(config, index)
-            mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)))
+            with torch.device("meta"):
+                mla = MLAAttention(config, index)
+            mla.load_state_dict(load_file(layer_file(size_folder(self.folder, config), index)), assign=True)
             with self.stream.layer(index) as layer:
                 advance(layer, call, source, self.batch, self.device)
                 name, original = config.family.attention_name, attention_of(layer)
