@@ -92,11 +92,12 @@ def test_steps_in_half_precision(name, monkeypatch):
     rounded = copy.deepcopy(exact).bfloat16()
     ids, masks = torch.randint(3, 256, (2, 40)), []
     expected = exact(ids, use_cache=False).logits
+    usual = (rounded(ids, use_cache=False).logits - expected).square().mean().sqrt()  # with experts, a few tokens go to others
     absorb = layer_mla.absorb_if_cheaper
     monkeypatch.setattr(layer_mla, "absorb_if_cheaper", lambda *a, **k: masks.append(a[5]) or absorb(*a, **k))
     for cache in (MLACache(exact.config), MLACache(exact.config, 64)):
         parts = [rounded(part, cache=cache).logits for part in ids.split([36, *[1] * 4], dim=1)]
-        assert (torch.cat(parts, 1) - expected).square().mean().sqrt() < 0.1 * expected.std()
+        assert (torch.cat(parts, 1) - expected).square().mean().sqrt() < 1.5 * usual < 0.3 * expected.std()
     assert {mask.dtype for mask in masks if mask is not None} == {torch.bool}
 
 
