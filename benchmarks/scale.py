@@ -27,7 +27,9 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--parts", default="convert,heal,zero,decode,batching,serve,long,plan")
 parser.add_argument("--gpus", type=int, help="how many to use (all; without GPUs 2 processes)")
 parser.add_argument("--seconds", type=float, default=400.0)
-parser.add_argument("--layers", type=int, default=4, help="of the 32 of a Llama-3-8B that is converted")
+parser.add_argument(
+    "--layers", type=int, default=4, help="of a Llama-3-8B that is converted; more than GPUs, for all 32 to be computed"
+)
 parser.add_argument("--steps", type=int, help="of the conversion of a layer (its default)")
 parser.add_argument("--requests", type=int, default=2000)
 parser.add_argument("--work", default="/tmp/scale", help="a folder for models and logs; emptied")

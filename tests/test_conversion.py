@@ -28,6 +28,7 @@ from hf_mla_conversion.source.matching import match_model
 from hf_mla_conversion.source.own_text import BUNDLED_NAME, OWN_TEXT
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
+from hf_mla_conversion.stages import hidden_states
 from hf_mla_conversion.stages import layers as layers_module
 from hf_mla_conversion.stages.layers import Job, best_split
 
@@ -280,7 +281,7 @@ def test_hidden_states_go_to_disk_when_memory_is_short(tmp_path, monkeypatch):
         assert file.stat().st_size == kept[-1].nbytes
         return kept[-1]
 
-    monkeypatch.setattr(layers_module, "allocate", watch)
+    monkeypatch.setattr(hidden_states, "allocate", watch)
     monkeypatch.setattr("hf_mla_conversion.source.streaming.MEMORY_SHARE", 0.0)
     convert(source, str(tmp_path / "disk"), **options)
     assert kept[0].shape == (16, 256, 48)

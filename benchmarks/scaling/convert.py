@@ -73,8 +73,8 @@ def compare(runs: Runs) -> None:
     one, several = made.get("convert-1"), made.get("convert-n")
     found = dict[str, Any]()
     if len(made) > 1:
-        same = len({tuple(entry["sha256"]) for entry in made.values()}) == 1
-        found |= {"of": list(made), "layers_compared": runs.arguments.layers, "same_bytes": same}
+        first, *others = (entry["sha256"] for entry in made.values())
+        found |= {"of": list(made), "layers_compared": len(first), "same_bytes": all(other == first for other in others)}
     if several:
         found["processes"] = several["processes"]
     # Of one turn, all of it in which steps are compiled, nothing is known of others.

@@ -31,7 +31,6 @@ from .scales import HEAD_TOKENS
 
 
 BEST = "best.safetensors"
-LONG_EVERY = 2  # steps, of which one has long sequences
 
 
 def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +161,7 @@ class DistillationTrainer(Trainer):
         self.check_finite()
         ids, target = inputs["input_ids"], None
         if model.training:
-            if self.cut is not None and self.state.global_step % LONG_EVERY:
+            if self.cut is not None and self.state.global_step % 2:
                 ids = self.cut(ids)
             with torch.no_grad():
                 target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

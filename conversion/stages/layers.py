@@ -46,7 +46,8 @@ from ..source.own_text import OWN_TEXT
 from ..source.shards import load_file
 from ..source.streaming import LayerStream, allocate
 from ..source.text import begun
-from .windows import first_tokens, hold_back, joined, shorter, whole_runs
+from .hidden_states import HiddenStates
+from .windows import first_tokens, hold_back, joined, shared_batches, shorter, whole_runs
 
 
 logger = logging.getLogger(__name__)
@@ -337,7 +338,7 @@ class Job:
         Returns:
             The comparisons by text, of all processes together.
         """
-        batches = share(len(self.held_back), self.batch, processes.process_index, processes.num_processes)
+        batches = shared_batches(len(self.held_back), self.batch, processes.process_index, processes.num_processes)
         mine = torch.cat([torch.empty(0, dtype=torch.long), *batches])
         windows = self.held_back[mine]
         file = self.folder / f"measured-{processes.process_index}.bin"
@@ -382,74 +383,6 @@ class Job:
             texts.append(TextReport(name=name, tokens=self.texts[name].numel(), held_back_tokens=held, **result))
         tokens = sum(text.held_back_tokens for text in texts if text.name != LOOKUPS)
         return {"held_back_tokens": tokens, "texts": texts, **with_sides(total.result())}
-
-
-class HiddenStates:
-    """The hidden states of all calibration text, which are passed from layer to layer of the original.
-
-    Each process passes on its share of the windows, whole batches, and all first tokens. A process that converts a layer is handed
-    what enters it of all windows.
-
-    Args:
-        job: the conversion.
-        processes: Accelerate's state.
-    """
-
-    def __init__(self, job: Job, processes: Any) -> None:
-        self.job, self.stream, self.processes = job, job.stream, processes
-        self.entered = 0  # the layer that they enter
-        mine = processes.process_index
-        share = job.windows[torch.cat([torch.empty(0, dtype=torch.long), *self.share(mine)])]
-        shape, dtype = (job.windows.shape[1], self.stream.config.hidden_size), self.stream.dtype
-        self.states = allocate((len(share), *shape), dtype, job.device, job.folder / f"states-{mine}.bin")
-        self.firsts = torch.empty(*job.firsts.shape, shape[1], dtype=dtype, device=job.device)
-        self.stream.embed(share, self.states)
-        self.stream.embed(job.firsts, self.firsts)
-        self.whole, self.whole_firsts = self.states, self.firsts
-        if processes.num_processes > 1:
-            self.whole = allocate((len(job.windows), *shape), dtype, job.device, job.folder / f"whole-{mine}.bin")
-            self.whole_firsts = torch.empty_like(self.firsts)
-
-    def share(self, process: int) -> list[Tensor]:
-        """The windows that a process passes on, in batches."""
-        return share(len(self.job.windows), self.job.batch, process, self.processes.num_processes)
-
-    def pass_through(self, layer: Any) -> None:
-        """Pass this process's share through the layer that they enter."""
-        job, device = self.job, self.job.device
-        advance(layer, self.stream.calls[self.entered], self.states, job.batch, device)
-        advance(layer, job.alone[self.entered], self.firsts, max(1, job.scale.batch // self.firsts.shape[1]), device)
-        self.entered += 1
-
-    def advance_to(self, index: int) -> None:
-        """Pass this process's share on until it enters a layer."""
-        while self.entered < index:
-            with self.stream.layer(self.entered) as layer:
-                self.pass_through(layer)
-
-    def hand_over(self, owner: int) -> None:
-        """Leave what enters the layer in `whole` and `whole_firsts` of the process of that number; all take part."""
-        if self.processes.num_processes == 1:
-            return
-        mine, own = self.processes.process_index, self.states.split(self.job.batch)
-        if mine == owner:
-            self.whole_firsts.copy_(self.firsts)
-        for process in range(self.processes.num_processes):
-            for number, windows in enumerate(self.share(process)):
-                into = self.whole[windows[0] : windows[-1] + 1]
-                if mine == process == owner:
-                    into.copy_(own[number])
-                elif mine == process:
-                    torch.distributed.send(own[number].to(self.job.device), owner)
-                elif mine == owner:
-                    received = torch.empty_like(into, device=self.job.device)
-                    torch.distributed.recv(received, process)
-                    into.copy_(received)
-
-
-def share(count: int, batch: int, process: int, processes: int) -> list[Tensor]:
-    """Which of so many windows a process takes, in batches, which are those of a single process; none where there are few."""
-    return [*torch.arange(count).split(batch)][process::processes]
 
 
 def best_split(candidates: list[Candidate]) -> Candidate:

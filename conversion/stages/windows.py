@@ -63,6 +63,11 @@ def first_tokens(windows: Tensor, begin: int | None, length: int, most: int, see
     return tokens[torch.arange(-(-len(tokens) // length) * length) % len(tokens)].view(-1, length)
 
 
+def shared_batches(count: int, batch: int, process: int, processes: int) -> list[Tensor]:
+    """Which of so many windows a process takes, in batches, which are those of a single process; none where there are few."""
+    return [*torch.arange(count).split(batch)][process::processes]
+
+
 def joined(windows: Tensor, run: int) -> Tensor:
     """Windows [windows, tokens] put end to end, so many each; those of a text that has fewer come again."""
     count = max(1, len(windows) // run)
