@@ -249,8 +249,12 @@ def test_wrappers_are_taken_at_their_word(tmp_path, caplog):
         plan(source)
 
 
+@pytest.mark.parametrize("kernel", [False, True], ids=["torch", "kernel"])
 @pytest.mark.parametrize("name", ["Gemma2", "Cohere2", "SmolLM3", "GPTNeoX", "GptOss"])
-def test_own_text_is_what_the_library_generates(name, monkeypatch):
+def test_own_text_is_what_the_library_generates(name, kernel, monkeypatch):
+    if kernel:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(own_text, "in_kernel", lambda key: True)
     monkeypatch.setattr(own_text, "draw", lambda logits, _generator: logits.argmax(-1))
     monkeypatch.setattr(own_text, "BLOCK", 16)
     model_type, changes, *_ = EXACT[name]

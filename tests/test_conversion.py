@@ -150,7 +150,7 @@ def test_own_text_says_nothing_about_the_context(tmp_path, monkeypatch):
     source = make_source(tmp_path / "source")
     stream = LayerStream(open_checkpoint(source), torch.device("cpu"), torch.float32)
     stream.record_calls(64)
-    monkeypatch.setattr(survey_module, "trained_context", lambda losses: len(losses) // 2 + 1)
+    monkeypatch.setattr(survey_module, "trained_context", lambda losses: losses.shape[1] // 2 + 1)
     windows = torch.randint(3, 4096, (4, 64))
     for whole, context in ((torch.arange(4) < 2, 32), (torch.zeros(4, dtype=torch.bool), 64)):
         assert survey(stream, windows, 2, tmp_path, whole) == context
@@ -171,14 +171,17 @@ def test_losses_of_tokens_are_the_librarys(monkeypatch):
 
 
 def test_trained_context():
-    falling = 4 + 1 / (1 + torch.arange(2047) / 50)
+    falling = (4 + 1 / (1 + torch.arange(2047) / 50)).expand(4, -1)
     assert trained_context(falling) == 2048
     worse_late = falling.clone()
-    worse_late[1024:] += 1.5
+    worse_late[:, 1024:] += 1.5
     assert trained_context(worse_late) == 1024
-    worse_late[512:1024] += 1.0
+    worse_late[:, 512:1024] += 1.0
     assert trained_context(worse_late) == 512
-    assert trained_context(falling[:1000]) == 1001  # of a text that is no longer
+    assert trained_context(falling[:, :1000]) == 1001  # of a text that is no longer
+    by_chance = falling.clone()
+    by_chance[0, 1024:] += 1.5  # another text begins there
+    assert trained_context(by_chance) == 2048 and trained_context(by_chance[:1]) == 1024
 
 
 def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):

@@ -131,7 +131,7 @@ def test_every_second_step_sees_short_sequences(tmp_path, monkeypatch, trained):
     source, shapes = make_source(tmp_path / "source"), []
     monkeypatch.setitem(layers_module.SCALES, "cpu", replace(layers_module.SCALES["cpu"], window=32, long=128))
     monkeypatch.setitem(one_size.STEP_TOKENS, "cpu", 512)
-    monkeypatch.setattr(one_size, "trained_context", lambda losses: len(losses) + 1 if trained else 64)
+    monkeypatch.setattr(one_size, "trained_context", lambda losses: losses.shape[1] + 1 if trained else 64)
     compute_loss = DistillationTrainer.compute_loss
 
     def watched(self, model, *arguments, **options):

@@ -102,7 +102,7 @@ def convert(
         steps: reconstruction steps per layer, of 16,384 tokens on a GPU and 1,024 on the CPU, or one sequence where that is longer;
             0 for the closed form alone. None for 400, and 200 where the whole model is trained afterwards.
         heal_tokens: then the whole model is trained to predict what the source predicts, on so many tokens; 0 for not at all.
-            None for 20,000,000 on a GPU that has the memory, else 0.
+            None for 24,000,000 on a GPU that has the memory, else 0.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: type of the output's numbers; "auto" keeps the source's.
         seed: chooses the calibration windows and their order, and what the source writes.

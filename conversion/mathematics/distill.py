@@ -4,7 +4,7 @@
 * The loss is the Kullback-Leibler divergence of the student's predictions from the teacher's at every position; in evaluation it
   is the student's own loss on the text, whose exponential is its perplexity.
 * The Trainer brings what `accelerate launch` configures (several GPUs, FSDP2, DeepSpeed), accumulation, checkpoints and resume.
-* Logits are never there for more than some positions at a time, and on one GPU a decoder layer is compiled, which serves for all.
+* Logits are never there for more than some positions at a time, and on GPUs a decoder layer is compiled, which serves for all.
 * A loss that is not finite stops the training before such weights can be saved, and names the layer that it came from.
 """
 
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UserError
 from ..source.families import experts_per_token
@@ -31,6 +32,10 @@ from .scales import HEAD_TOKENS
 
 
 BEST = "best.safetensors"
+# The library's SDPA by another name. To see that no mask is needed, the library looks at positions, and waits for the GPU; for a
+# name that it does not know it makes none.
+UNMASKED = "sdpa_unmasked"
+AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def divergence(student: Tensor, teacher: Tensor, positions: int) -> tuple[Tensor, Tensor]:
@@ -95,6 +100,12 @@ class ChunkedDivergence(torch.autograd.Function):
         return None, slope, None, *(next(wanted) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
+def needs_no_mask(config: Any, tokens: int) -> bool:
+    """Whether in sequences of so many tokens each attends to all before it, and that by the library's SDPA."""
+    window = getattr(config, "sliding_window", None)
+    return config._attn_implementation == "sdpa" and (window is None or window >= tokens)
+
+
 class DistillationTrainer(Trainer):
     """Trains a converted model to predict what its source predicts.
 
@@ -139,6 +150,9 @@ class DistillationTrainer(Trainer):
             if not experts_per_token(self.teacher.config):  # whose products in float32 cannot be compiled
                 for layer in (*student.get_decoder().layers, *self.teacher.get_decoder().layers):
                     layer.compile(dynamic=False)
+        texts: Any = self.train_dataset
+        self._configs = [language_model.config, self.teacher.config]
+        self._unmasked = all(needs_no_mask(config, len(texts[0]["input_ids"])) for config in self._configs)
 
     def _watch(self, output: Any) -> None:
         if self._watched is not None:
@@ -155,6 +169,17 @@ class DistillationTrainer(Trainer):
             for part, right in zip(states.split(HEAD_TOKENS), targets.split(HEAD_TOKENS), strict=True)
         ]
         return torch.stack(losses).sum() / len(targets)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; the library makes no masks where none are needed."""
+        before = [config._attn_implementation for config in self._configs]
+        try:
+            for config in self._configs if self._unmasked else ():
+                config._attn_implementation = UNMASKED
+            return super().train(*args, **kwargs)
+        finally:
+            for config, implementation in zip(self._configs, before, strict=True):
+                config._attn_implementation = implementation
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The divergence from the teacher on `input_ids` [B, T]; of a model in evaluation mode, its cross-entropy."""

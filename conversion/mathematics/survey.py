@@ -26,7 +26,7 @@ from .moments import gradient_moment, hooks
 from .scales import HEAD_TOKENS
 
 
-CONTEXT_TOLERANCE = 0.2  # nats; more than chance makes of a few thousand tokens
+CONTEXT_TOLERANCE = 0.2  # nats
 
 
 def inputs_file(folder: Path, layer: int) -> Path:
@@ -87,7 +87,7 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole
         each = torch.cat(losses)
         if not torch.isfinite(each).all():
             raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; {damage(stream.checkpoint)}")
-        context = trained_context(each[whole].mean(0)) if whole.any() else windows.shape[1]
+        context = trained_context(each[whole]) if whole.any() else windows.shape[1]
         if context < windows.shape[1]:
             return context
         for index in reversed(range(len(stream))):
@@ -107,16 +107,18 @@ def damage(checkpoint: Checkpoint) -> str:
 
 
 def trained_context(losses: Tensor) -> int:
-    """How many tokens a model can look back on to any good, by its mean loss at each position [tokens - 1].
+    """How many tokens a model can look back on to any good, by its loss at each position of some windows [windows, tokens - 1].
 
-    `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by a nat and more, where
-    within it falls with every token of context. The length is halved until its second half is not worse than what comes before,
-    down to 256.
+    `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by half a nat and more,
+    where within it falls with every token of context. The length is halved, down to 256, while its second half is worse than what
+    comes before by more than a tolerance and twice the standard error over windows.
     """
-    length = len(losses) + 1
+    length = losses.shape[1] + 1
     while length % 2 == 0 and length >= 512:
         half, quarter = length // 2, length // 4
-        if losses[half : length - 1].mean() < losses[quarter:half].mean() + CONTEXT_TOLERANCE:
+        rise = losses[:, half : length - 1].mean(1) - losses[:, quarter:half].mean(1)
+        error = rise.std() / len(rise) ** 0.5 if len(rise) > 1 else 0.0
+        if rise.mean() < CONTEXT_TOLERANCE + 2 * error:
             break
         length = half
     return length

@@ -7,7 +7,7 @@
 * All sequences of a batch grow together, token by token, in one cache that is filled in place. A batch is as large as memory
   allows, since a step of thousands of sequences costs hardly more than one of a few.
 * On a GPU a step is captured as a CUDA graph, once for every 64 tokens, and replayed: launching its kernels one by one takes far
-  longer than they run.
+  longer than they run. Keys and values are read by the kernel that decodes from latents, where it serves.
 * Tokens are drawn as likely as the model finds them: text that was cut to what is likely, or written at several temperatures,
   teaches less of other texts (docs/reconstruction.md).
 """
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from hf_mla.attention_mla import attended_range, can_decode, latent_decode
 from hf_mla.cache_mla import CACHE_NAME
 
 from ..errors import UserError
@@ -88,6 +89,13 @@ class FullLayer(DynamicLayer):
         return self.keys, self.values
 
 
+def in_kernel(key: Tensor) -> bool:
+    """Whether keys [B, g, T, d], and values like them, can be read by the kernel that decodes from latents."""
+    if latent_decode is None or key.device.type != "cuda" or key.dtype.itemsize != 2:
+        return False
+    return can_decode(key.device.index, key.shape[-1], key.shape[-1])
+
+
 def grouped_attention(
     module: Any,
     query: Tensor,
@@ -102,7 +110,8 @@ def grouped_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one new token; the heads that share keys are taken as tokens, so the keys are read once for all of them.
 
-    A kernel works on many tokens of a head at a time: with one, almost all of its work is thrown away.
+    A kernel works on many tokens of a head at a time: with one, almost all of its work is thrown away. That of latents knows of
+    heads that share them: to it values are latents, and keys rotary keys, before which a query has zeros.
 
     Args:
         module: the attention module.
@@ -123,6 +132,12 @@ def grouped_attention(
         places = torch.arange(key.shape[2], device=key.device)
         attention_mask = attention_mask & (places > attention_mask.sum() - 1 - sliding_window)
     rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, g, H / g, d]
+    if attention_mask is not None and s_aux is None and in_kernel(key):
+        width = value.shape[-1]
+        queries = nn.functional.pad(rows.flatten(0, 1), [width, 0]).unsqueeze(2)  # [B g, H / g, 1, d + d]
+        latents, rest, attended = value.flatten(0, 1), key.flatten(0, 1), attended_range(attention_mask)  # [B g, T, d] each
+        output = latent_decode(queries, latents, rest, width, scaling, attended=attended, softcap=softcap or 0.0)
+        return output.transpose(0, 1).reshape(len(query), 1, -1, width), None  # from [H / g, B g, 1, d]
     if softcap is not None or s_aux is not None:
         scores = rows @ key.mT * scaling  # [B, g, H / g, T]
         scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)

@@ -27,7 +27,7 @@ from ..source.checkpoint import Checkpoint, open_checkpoint
 from ..source.loading import compute_dtype, free_memory, load_model
 from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint, match_model
-from ..source.own_text import OWN_TEXT
+from ..source.own_text import BUNDLED_NAME, OWN_TEXT
 from ..source.text import begun
 from .end_to_end import (
     EVALUATIONS,
@@ -48,8 +48,8 @@ from .windows import shorter, whole_runs
 
 logger = logging.getLogger(__name__)
 
-HEAL_TOKENS = {"cuda": 20_000_000, "cpu": 0}
-LONG_ROWS = 4  # of each text, to see whether the original is trained for long sequences
+HEAL_TOKENS = {"cuda": 24_000_000, "cpu": 0}
+LONG_ROWS = 16  # of each text, to see whether the original is trained for long sequences
 TRAINED = "all"  # by the end-to-end stage
 
 
@@ -110,7 +110,7 @@ def end_to_end(
     original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
     run = broadcast_object_list([windows_in_a_row(job, original.to(job.device)) if main else 1])[0]
     texts, held = job.rows(run)
-    windows = windows_to_train_on(texts, tokens, warn=main)
+    windows = windows_to_train_on(texts, tokens, warn=main and BUNDLED_NAME not in texts)  # of which there is no more
     window = windows.shape[1]
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     windows = windows[: whole_runs(len(windows), training.micro)]  # what is compiled, is so for each number of them
@@ -146,7 +146,7 @@ def windows_in_a_row(job: Job, original: Any) -> int:
         short = [name for name, places in job.held.items() if len(places) < job.run]
         reason = f"there is little text of {', '.join(short)}" if short else None
         if reason is None and job.run > 1:
-            context = trained_context(token_losses(original, torch.cat(rows)).mean(0)) if rows else 0
+            context = trained_context(token_losses(original, torch.cat(rows))) if rows else 0
             reason = f"{job.checkpoint.name} does not show to be trained for such" if context < length else None
         if reason is not None:
             logger.warning("the whole model is not trained on sequences of %s tokens: %s", f"{length:,}", reason)
