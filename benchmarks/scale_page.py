@@ -17,6 +17,11 @@ from pages import BLOCK, RESULTS, machine, table
 PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 
 
+def place(report: dict[str, Any], name: str) -> str:
+    """The machine that a result is of: that of most, unless it is said."""
+    return machine(report.get("machines", {}).get(name, report["machine"]))
+
+
 def convert(report: dict[str, Any]) -> str:
     """Conversions by one and by several processes, and one that was killed."""
     results, rows = report["results"], []
@@ -53,14 +58,14 @@ def convert(report: dict[str, Any]) -> str:
 
 
 def heal(report: dict[str, Any]) -> str:
-    """Healing on one and on several GPUs."""
-    rows = []
+    """Healing on one and on several GPUs; a table for each machine."""
+    tables: dict[str, list] = {}
     titles = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B, 4 layers"}
     for name, found in sorted(report["results"].items()):
         if re.fullmatch(r"heal-\d+b-.*", name):
             compared = report["results"].get(f"compared-{name}", {})
             speedup, loss, zero = compared.get("speedup"), compared.get("loss_differs_by"), found.get("zero")
-            rows.append(
+            tables.setdefault(place(report, name), []).append(
                 [
                     titles[found["model"]],
                     found["train"] + (", killed" if "killed" in name else "") + (f", ZeRO-{zero}" if zero else ""),
@@ -72,10 +77,8 @@ def heal(report: dict[str, Any]) -> str:
                     gigabytes(found["planned"]["total"]) if found["processes"] == 1 else "-",
                 ]
             )
-    if not rows:
-        return "not measured yet"
     header = ["model", "trained", "GPUs", "tokens per second", "to one GPU", "loss differs by", "GB of a GPU", "planned"]
-    return f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+    return "\n\n".join(f"{where}:\n\n{table(header, rows)}" for where, rows in tables.items()) or "not measured yet"
 
 
 def decode(report: dict[str, Any]) -> str:
@@ -96,7 +99,7 @@ def decode(report: dict[str, Any]) -> str:
         parts = (
             f"{name} {found['requests_per_second']:.2f} (at first {found['first_time']:.2f})" for name, found in batches.items()
         )
-        text += f"\n\nContinuous batching, requests per second: {', '.join(parts)}."
+        text += f"\n\nContinuous batching, requests per second ({place(report, 'batching')}): {', '.join(parts)}."
     return text
 
 
@@ -133,7 +136,7 @@ def long(report: dict[str, Any]) -> str:
     if not rows:
         return "not measured yet"
     header = ["tokens", "prefill, seconds", "then ms a token", "GB of cache", "GB in all"]
-    text = f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+    text = f"{place(report, 'long')}:\n\n{table(header, rows)}"
     largest = [entry for entry in found if "largest_context_computed" in entry]
     if largest:
         parts = (f"{entry['largest_context_computed']:,} tokens ({entry['model']})" for entry in largest)
