@@ -102,8 +102,8 @@ def everything(runs: Runs) -> None:
 
 def write_texts(runs: Runs) -> None:
     """What to calibrate and to heal on, and how processes on CPUs are sharded."""
-    convert.write_books(runs.work / "books.txt", 1 if runs.tiny else 6)
-    convert.write_books(runs.work / "short.txt", 1 if runs.tiny else 2)  # to heal with: tokenizing takes seconds
+    convert.write_books(runs.work / "books.txt", 1_300_000 if runs.tiny else 8_000_000)
+    convert.write_books(runs.work / "short.txt", 1_300_000 if runs.tiny else 2_700_000)  # to heal with: tokenizing takes seconds
     if runs.tiny:
         example = (ROOT / "examples" / "heal_accelerate.yaml").read_text()
         (runs.work / "fsdp.yaml").write_text(example.replace("mixed_precision: bf16", "mixed_precision: 'no'\nuse_cpu: true"))

@@ -13,7 +13,7 @@ import torch
 from conftest import MODEL, VALIDATION, make_source, run_apart
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_mla_conversion import UserError, convert, heal
 from hf_mla_conversion.cli import main
@@ -88,6 +88,13 @@ FINISHED = {
 }
 
 
+def distiller(student, teacher, ids, folder):
+    """A trainer of all weights, which begins with these windows."""
+    arguments = training_arguments(folder, Training("all", 1, 1e-3, 2, 1, 0, 1), torch.device("cpu"), 1, False)
+    datasets = {"train_dataset": Windows(ids), "eval_dataset": Windows(ids)}
+    return DistillationTrainer(teacher=teacher.requires_grad_(False), folder=folder, model=student, args=arguments, **datasets)
+
+
 @pytest.mark.parametrize("family", FINISHED)
 def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family):
     """Whatever a family does to what its head computes."""
@@ -95,7 +102,6 @@ def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family
         AutoModelForCausalLM.from_pretrained(make_source(tmp_path, family, std=std, **FINISHED[family])) for std in (0.2, 0.25)
     )
     ids = torch.randint(3, 4096, (2, 32))
-    training = Training("all", 1, 1e-3, 2, 1, 0, 1)
     logits = [model(ids, use_cache=False).logits.flatten(0, 1) for model in (student, teacher.eval())]
     expected = divergence(logits[0], logits[1].detach(), len(logits[0]))[0] / len(logits[0])
     parameters = [*student.parameters()]
@@ -103,14 +109,30 @@ def test_the_loss_is_of_the_logits_as_the_library_computes_them(tmp_path, family
         nn.functional.kl_div(*(part.log_softmax(-1) for part in logits), log_target=True, reduction="batchmean"), parameters
     )
     text = nn.functional.cross_entropy(student(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    arguments = training_arguments(tmp_path, training, torch.device("cpu"), 1, False)
-    datasets = {"train_dataset": Windows(ids), "eval_dataset": Windows(ids)}
-    trainer = DistillationTrainer(teacher=teacher.requires_grad_(False), folder=tmp_path, model=student, args=arguments, **datasets)
+    trainer = distiller(student, teacher, ids, tmp_path)
     loss = trainer.compute_loss(student.train(), {"input_ids": ids})
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and loss > 1e-3
     for slope, reference in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
         torch.testing.assert_close(slope, reference, rtol=1e-3, atol=1e-5)
     assert trainer.compute_loss(student.eval(), {"input_ids": ids}).item() == pytest.approx(text.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("window", "implementation"), [(None, distillation.UNMASKED), (32, distillation.UNMASKED), (8, "sdpa")])
+def test_the_library_makes_no_masks_where_none_are_needed(tmp_path, monkeypatch, window, implementation):
+    sources = (make_source(tmp_path, "Mistral", std=std, sliding_window=window) for std in (0.2, 0.25))
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, sources)
+    ids = torch.randint(3, 4096, (2, 32))
+    logits = [model(ids, use_cache=False).logits.flatten(0, 1).detach() for model in (student, teacher.eval())]
+    expected = divergence(*logits, len(logits[0]))[0] / len(logits[0])
+    trainer = distiller(student, teacher, ids, tmp_path)
+
+    def train(self):
+        assert student.config._attn_implementation == teacher.config._attn_implementation == implementation
+        return self.compute_loss(student.train(), {"input_ids": ids}).item()
+
+    monkeypatch.setattr(Trainer, "train", train)
+    assert trainer.train() == pytest.approx(expected.item(), rel=1e-5)
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("train", ["lora", "attention", "all"])
