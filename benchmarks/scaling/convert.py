@@ -108,11 +108,13 @@ def planned(runs: Runs, gpus: list[int]) -> Any:
 
 
 def write_books(path: Path, characters: int) -> None:
-    """So much of the bundled text (2.4 million tokens, 7.9 million characters), its paragraphs in another order."""
+    """So much of the bundled texts (2.3 million tokens, 7.9 million characters), their paragraphs in another order."""
     import lzma
 
-    with lzma.open(ROOT / "conversion" / "bundled" / "calibration.txt.xz", "rt", encoding="utf-8") as file:
-        paragraphs = file.read().split("\n\n")
+    paragraphs = []
+    for name in ("calibration", "prose"):
+        with lzma.open(ROOT / "conversion" / "bundled" / f"{name}.txt.xz", "rt", encoding="utf-8") as file:
+            paragraphs += file.read().split("\n\n")
     random.Random(0).shuffle(paragraphs)
     path.write_text("\n\n".join(paragraphs)[:characters], encoding="utf-8")
 

@@ -63,7 +63,7 @@ def read_text(source: str | None, tokens: int, spread: int = 1, tokenizer: Any =
     Args:
         source: a .txt file of text; a .jsonl file of objects with a `text` or with `messages` ({`role`, `content`} each), one a
             line; either of them as .xz; else the name of a data set with such a column, for the `datasets` library; None for the
-            bundled calibration text (English prose).
+            bundled English prose.
         tokens: how many tokens are wanted.
         spread: read so many times more, for windows to be drawn from.
         tokenizer: its chat template makes text of messages; None if there are none.
@@ -74,7 +74,7 @@ def read_text(source: str | None, tokens: int, spread: int = 1, tokenizer: Any =
     Raises:
         UserError: there is no such file or data set, it is not UTF-8 text, a line or row of it is wrong, or it is empty.
     """
-    path = BUNDLED / "calibration.txt.xz" if source is None else user_path(source)
+    path = BUNDLED / "prose.txt.xz" if source is None else user_path(source)
     limit = min(tokens * CHARACTERS_PER_TOKEN * spread, 1 << 31)
     form = Path(path.name.lower().removesuffix(".xz")).suffix[1:]
     if path.exists() and not path.is_file():
