@@ -37,6 +37,7 @@ from hf_mla_conversion.source.text import BUNDLED  # noqa: E402
 
 MODEL = str(BUNDLED / "model")
 VALIDATION = str(BUNDLED / "validation.txt.xz")
+CALIBRATION = str(BUNDLED / "calibration.txt.xz")  # which the model has not seen, where it has the bundled prose
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION, make_source, run_apart
+from conftest import CALIBRATION, MODEL, VALIDATION, make_source, run_apart
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.mathematics.distill import BEST, DistillationTrainer
@@ -23,7 +23,7 @@ from hf_mla_conversion.stages.end_to_end import distil, tokens_of_each
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
-OPTIONS["calibration"] = BUNDLED_NAME
+OPTIONS["calibration"] = CALIBRATION
 
 
 @pytest.fixture(autouse=True)

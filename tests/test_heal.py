@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, VALIDATION, make_source, run_apart
+from conftest import CALIBRATION, MODEL, VALIDATION, make_source, run_apart
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
@@ -21,11 +21,8 @@ from hf_mla_conversion.commands import heal as healer
 from hf_mla_conversion.mathematics import distill as distillation
 from hf_mla_conversion.mathematics.distill import ChunkedDivergence, DistillationTrainer, divergence
 from hf_mla_conversion.source.matching import match_model
-from hf_mla_conversion.source.text import BUNDLED, read_text, token_windows
+from hf_mla_conversion.source.text import read_text, token_windows
 from hf_mla_conversion.stages.end_to_end import Training, Windows, distil, training_arguments
-
-
-CALIBRATION = str(BUNDLED / "calibration.txt.xz")
 
 
 @pytest.fixture(scope="module")
