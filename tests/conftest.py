@@ -31,7 +31,6 @@ from transformers import AutoTokenizer  # noqa: E402
 
 import hf_mla  # noqa: E402
 from hf_mla_conversion import convert  # noqa: E402
-from hf_mla_conversion.source.own_text import BUNDLED_NAME  # noqa: E402
 from hf_mla_conversion.source.text import BUNDLED  # noqa: E402
 
 
@@ -155,7 +154,7 @@ def made_once(tmp_path_factory, name, make):
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory):
     """The bundled model, converted as `hf-mla demo` does but on less text and in shorter sequences; a folder and the report."""
-    options = {"calibration": BUNDLED_NAME, "calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
+    options = {"calibration": CALIBRATION, "calibration_tokens": 8192, "window": 256, "steps": 30, "device": "cpu"}
     folder, report = made_once(
         tmp_path_factory, "bundled", lambda f: convert(MODEL, str(f / "mla"), kv_lora_rank=44, qk_rope_head_dim=16, **options)
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import LLAMA3_ROPE, MODEL, VALIDATION, make_source
+from conftest import CALIBRATION, LLAMA3_ROPE, MODEL, VALIDATION, make_source
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla.layer_mla import rotary_embedding
@@ -25,7 +25,7 @@ from hf_mla_conversion.mathematics.survey import advance, gradient_moments, laye
 from hf_mla_conversion.output.reports import Candidate
 from hf_mla_conversion.source.checkpoint import open_checkpoint
 from hf_mla_conversion.source.matching import match_model
-from hf_mla_conversion.source.own_text import BUNDLED_NAME, OWN_TEXT
+from hf_mla_conversion.source.own_text import OWN_TEXT
 from hf_mla_conversion.source.streaming import LayerStream, allocate
 from hf_mla_conversion.source.text import calibration_windows
 from hf_mla_conversion.stages import hidden_states
@@ -49,7 +49,7 @@ def test_survey_equals_the_librarys_own_backward_pass(tmp_path, family, changes)
     windows = torch.randint(3, 4096, (4, 128))
     stream = LayerStream(open_checkpoint(source), torch.device("cpu"), torch.float32)
     stream.record_calls(128)
-    assert survey(stream, windows, 2, tmp_path, torch.ones(4, dtype=torch.bool)) == 128
+    assert survey(stream, windows, 2, tmp_path, torch.ones(4, dtype=torch.bool), windows[:0]) == 128
 
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     hidden = model(windows, output_hidden_states=True).hidden_states
@@ -153,13 +153,19 @@ def test_own_text_says_nothing_about_the_context(tmp_path, monkeypatch):
     monkeypatch.setattr(survey_module, "trained_context", lambda losses: losses.shape[1] // 2 + 1)
     windows = torch.randint(3, 4096, (4, 64))
     for whole, context in ((torch.arange(4) < 2, 32), (torch.zeros(4, dtype=torch.bool), 64)):
-        assert survey(stream, windows, 2, tmp_path, whole) == context
+        assert survey(stream, windows, 2, tmp_path, whole, windows[:0]) == context
 
     seen = []
-    monkeypatch.setattr(layers_module, "survey", lambda *arguments: seen.append(arguments[-1].tolist()))
-    texts = {"prose": windows, OWN_TEXT: windows}
-    Job(match_model(open_checkpoint(source)), tmp_path, texts, 256, torch.device("cpu"), 0, 0, "exact").survey()
-    assert seen == [[True, False] * 3]  # one window of each is held back
+    monkeypatch.setattr(layers_module, "survey", lambda *arguments: seen.append(arguments))
+    monkeypatch.setattr(layers_module, "JUDGED_WINDOWS", 5)
+    texts = {"prose": torch.randint(3, 4096, (20, 64)), OWN_TEXT: windows}
+    monkeypatch.setattr(layers_module, "SURVEY_TOKENS", 6 * 64)
+    Job(match_model(open_checkpoint(source)), tmp_path, texts, 2048, torch.device("cpu"), 0, 0, "exact").survey()
+    ((_, surveyed, _, _, whole, more),) = seen
+    assert whole.tolist() == [True, False] * 3 and surveyed.shape == (6, 64)  # of own text, one window is held back
+    assert more.shape == (2, 64)  # of prose, for there to be five
+    others = torch.cat([surveyed, more])[torch.tensor([True, False] * 3 + [True] * 2)]
+    assert len(others.unique(dim=0)) == 5 and all((texts["prose"] == row).all(1).any() for row in others)
 
 
 def test_losses_of_tokens_are_the_librarys(monkeypatch):
@@ -182,6 +188,11 @@ def test_trained_context():
     by_chance = falling.clone()
     by_chance[0, 1024:] += 1.5  # another text begins there
     assert trained_context(by_chance) == 2048 and trained_context(by_chance[:1]) == 1024
+    spread = 0.4 * torch.randn(200, 16, 1, generator=torch.Generator().manual_seed(0))
+    rising = torch.cat([torch.zeros(16, 1024), torch.ones(16, 1023)], dim=1)
+    found = [[trained_context(falling[:1] + (rise + part) * rising) for part in spread] for rise in (0.5, -0.1)]
+    assert [lengths.count(1024) >= wanted for lengths, wanted in zip(found, (180, 0), strict=True)] == [True, True]
+    assert found[1].count(2048) == 200
 
 
 def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):
@@ -191,7 +202,7 @@ def test_sequences_are_as_long_as_the_model_was_trained_for(tmp_path, caplog):
     source = shutil.copytree(MODEL, tmp_path / "source")
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}))
-    options = {"calibration": BUNDLED_NAME, "calibration_tokens": 4096, "steps": 0, "device": "cpu"}
+    options = {"calibration": CALIBRATION, "calibration_tokens": 4096, "steps": 0, "device": "cpu"}
     report = convert(str(source), str(tmp_path / "out"), kv_lora_rank=44, qk_rope_head_dim=16, **options)
     assert report.window == 1024
     assert "predicts worse beyond 1,024 tokens" in caplog.text

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla import MLACache, attention_mla
 from hf_mla_conversion import convert
+from hf_mla_conversion.source import own_text
 from hf_mla_conversion.stages import one_size
 
 
@@ -62,3 +63,17 @@ def test_layers_repeat_and_training_nearly(tmp_path, monkeypatch, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).cuda()
     ids = torch.randint(3, 4096, (2, 24)).cuda()
     assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "width", "options"),
+    [(9, 3, 64, {}), (32, 8, 128, {}), (9, 3, 64, {"sliding_window": 100}), (8, 1, 64, {"softcap": 30.0})],
+)
+def test_own_text_is_written_by_the_kernel(heads, groups, width, options):
+    query, key, value = (torch.randn(7, n, t, width, device="cuda") for n, t in ((heads, 1), (groups, 320), (groups, 320)))
+    mask = (torch.arange(320, device="cuda") < 260).view(1, 1, 1, -1)
+    tensors = [tensor.bfloat16() for tensor in (query, key, value)]
+    assert own_text.in_kernel(*tensors[1:]) and not own_text.in_kernel(key, value)
+    expected, _ = own_text.grouped_attention(None, *(tensor.float() for tensor in tensors), mask, width**-0.5, **options)
+    found, _ = own_text.grouped_attention(None, *tensors, mask, width**-0.5, **options)
+    assert (found - expected).norm() < 0.01 * expected.norm()

@@ -38,7 +38,7 @@ def pair(tmp_path_factory):
 def rough(tmp_path_factory):
     """The bundled model in closed form, with few latents: a few steps make it better."""
     out = str(tmp_path_factory.mktemp("rough") / "mla")
-    amounts = {"calibration_tokens": 4096, "steps": 0, "heal_tokens": 0}
+    amounts = {"calibration": CALIBRATION, "calibration_tokens": 4096, "steps": 0, "heal_tokens": 0}
     convert(MODEL, out, kv_lora_rank=16, qk_rope_head_dim=8, device="cpu", **amounts)
     return out
 

@@ -5,14 +5,15 @@
     python train.py train --work DIR --out model [--steps 2500]
 
 `prepare` cuts the calibration text *out of* the training text, so the model never saw it, cuts the validation text from
-other books, and trains the tokenizer. `train` trains a 3.2 M parameter GQA Llama on what is left. The architecture is a
-scale model of what people convert: 6 query heads on 3 key/value heads of width 32, so 192 cached numbers per token and
-layer, a llama-style MLP and a tied head.
+other books, copies pieces of the training text as prose for conversions of other models, and trains the tokenizer. `train`
+trains a 3.2 M parameter GQA Llama on what is left. The architecture is a scale model of what people convert: 6 query heads on 3
+key/value heads of width 32, so 192 cached numbers per token and layer, a llama-style MLP and a tied head.
 """
 
 import argparse
 import lzma
 import math
+import re
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|pad|>"]
 # Words with their leading blank, digits in groups of up to three, punctuation: the pattern of GPT-4's family.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CONTEXT = 1024
+LONG = 80  # characters from which on a paragraph is no heading
 
 
 def read_paragraphs(path: Path) -> list[str]:
@@ -33,6 +35,18 @@ def read_paragraphs(path: Path) -> list[str]:
     with opener(path, "rt", encoding="utf-8") as file:
         paragraphs = [paragraph.strip() for paragraph in file.read().split("\n\n")]
     return [p for p in paragraphs if p and "gutenberg" not in p.lower() and "etext" not in p.lower()]
+
+
+def without_late_books(paragraphs: list[str], characters: int = 60_000) -> list[str]:
+    """Paragraphs without those of books of 1930 and later, protected in some countries: so many characters after their notice."""
+    kept, late = [], 0
+    for paragraph in paragraphs:
+        if re.search(r"copyright,? 19[3-9]\d", paragraph, re.IGNORECASE):
+            late = characters
+        if late <= 0:
+            kept.append(paragraph)
+        late -= len(paragraph)
+    return kept
 
 
 def hold_out(paragraphs: list[str], characters: int, pieces: int) -> tuple[list[str], list[str]]:
@@ -48,11 +62,14 @@ def hold_out(paragraphs: list[str], characters: int, pieces: int) -> tuple[list[
 
 
 def prepare(train_text: Path, validation_text: Path, work: Path, vocab_size: int = 4096) -> None:
-    """Write calibration.txt.xz, validation.txt.xz, train.txt and tokenizer.json into `work`."""
+    """Write calibration.txt.xz, validation.txt.xz, prose.txt.xz, train.txt and tokenizer.json into `work`."""
     work.mkdir(parents=True, exist_ok=True)
     train, calibration = hold_out(read_paragraphs(train_text), characters=1_300_000, pieces=60)
     _, validation = hold_out(read_paragraphs(validation_text), characters=400_000, pieces=20)
-    for name, paragraphs in (("calibration", calibration), ("validation", validation)):
+    known = {paragraph for paragraph in calibration if len(paragraph) > LONG}  # what books have in common
+    others = [paragraph for paragraph in without_late_books(train) if paragraph not in known]
+    _, prose = hold_out([*dict.fromkeys(others)], characters=6_500_000, pieces=34)
+    for name, paragraphs in (("calibration", calibration), ("validation", validation), ("prose", prose)):
         with lzma.open(work / f"{name}.txt.xz", "wt", encoding="utf-8", preset=9) as file:
             file.write("\n\n".join(paragraphs) + "\n")
     (work / "train.txt").write_text("\n\n".join(train) + "\n", encoding="utf-8")

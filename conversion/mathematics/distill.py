@@ -101,9 +101,10 @@ class ChunkedDivergence(torch.autograd.Function):
 
 
 def needs_no_mask(config: Any, tokens: int) -> bool:
-    """Whether in sequences of so many tokens each attends to all before it, and that by the library's SDPA."""
-    window = getattr(config, "sliding_window", None)
-    return config._attn_implementation == "sdpa" and (window is None or window >= tokens)
+    """Whether in sequences of so many tokens each attends to all before it, and that by the library's SDPA alone."""
+    window, family = getattr(config, "sliding_window", None), getattr(config, "family", None)
+    eager = family is not None and (family.softcap or family.sinks)  # in a converted model, whatever its configuration says
+    return config._attn_implementation == "sdpa" and not eager and (not window or window >= tokens)
 
 
 class DistillationTrainer(Trainer):

@@ -50,7 +50,7 @@ def gradient_moments(folder: Path, layer: int, device: torch.device) -> tuple[Te
     return moments["keys"].to(device), moments["values"].to(device)
 
 
-def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole: Tensor) -> int:
+def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole: Tensor, more: Tensor) -> int:
     """Leave every layer's inputs and gradient moments on calibration text in `folder`.
 
     Args:
@@ -59,6 +59,7 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole
         batch: windows per pass.
         folder: where to.
         whole: which windows are one text from beginning to end [windows]; in others a loss that rises says nothing.
+        more: other such windows [others, tokens], for their loss alone.
 
     Returns:
         The context that the model shows to be trained for, see `trained_context`. If that is less than `tokens`, there are no
@@ -68,32 +69,34 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole
         UserError: the model computes numbers that are not finite.
     """
     with tqdm(total=2 * len(stream), desc="surveying", unit="layer") as progress:
+        count, tokens = windows.shape
+        windows, whole = torch.cat([windows, more]), torch.cat([whole, whole.new_ones(len(more))])
         shape = (*windows.shape, stream.config.hidden_size)
         states = allocate(shape, stream.dtype, stream.device, folder / "surveyed.bin")
         stream.embed(windows, states)
         for index in range(len(stream)):
-            save_file({"states": states}, inputs_file(folder, index))
+            save_file({"states": states[:count]}, inputs_file(folder, index))
             with stream.layer(index) as layer:
                 advance(layer, stream.calls[index], states, batch, stream.device)
             progress.update()
 
-        gradient = states  # of the loss, at the output of the layer at work
         losses = []  # [B, tokens - 1] of each part
         with stream.head() as head:
-            for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
+            for part, ids in zip(states.split(batch), windows.split(batch), strict=True):
                 at_output, at_tokens = loss_gradient(head, part.to(stream.device), ids.to(stream.device))
                 part.copy_(at_output)
                 losses.append(at_tokens.double().cpu())
         each = torch.cat(losses)
         if not torch.isfinite(each).all():
             raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; {damage(stream.checkpoint)}")
-        context = trained_context(each[whole]) if whole.any() else windows.shape[1]
-        if context < windows.shape[1]:
+        context = trained_context(each[whole]) if whole.any() else tokens
+        if context < tokens:
             return context
+        gradient = states[:count]  # of the loss, at the output of the layer at work
         for index in reversed(range(len(stream))):
             with stream.layer(index) as layer:
                 moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
-            save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
+            save_file({name: (total / (count * tokens)).cpu() for name, total in moments.items()}, gradient_file(folder, index))
             progress.update()
         return context
 
@@ -111,14 +114,14 @@ def trained_context(losses: Tensor) -> int:
 
     `max_position_embeddings` often says more than a model was trained for. Beyond that the loss rises, by half a nat and more,
     where within it falls with every token of context. The length is halved, down to 256, while its second half is worse than what
-    comes before by more than a tolerance and twice the standard error over windows.
+    comes before by more than a tolerance plus the standard error over windows.
     """
     length = losses.shape[1] + 1
     while length % 2 == 0 and length >= 512:
         half, quarter = length // 2, length // 4
         rise = losses[:, half : length - 1].mean(1) - losses[:, quarter:half].mean(1)
         error = rise.std() / len(rise) ** 0.5 if len(rise) > 1 else 0.0
-        if rise.mean() < CONTEXT_TOLERANCE + 2 * error:
+        if rise.mean() < CONTEXT_TOLERANCE + error:
             break
         length = half
     return length

@@ -89,11 +89,12 @@ class FullLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def in_kernel(key: Tensor) -> bool:
-    """Whether keys [B, g, T, d], and values like them, can be read by the kernel that decodes from latents."""
+def in_kernel(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel that decodes from latents is to read keys and values [B, g, T, d]: where it was seen to be faster."""
     if latent_decode is None or key.device.type != "cuda" or key.dtype.itemsize != 2:
         return False
-    return can_decode(key.device.index, key.shape[-1], key.shape[-1])
+    width, others = key.shape[-1], value.shape[-1]
+    return width == others and width in (64, 128) and can_decode(key.device.index, others, width)
 
 
 def grouped_attention(
@@ -132,7 +133,7 @@ def grouped_attention(
         places = torch.arange(key.shape[2], device=key.device)
         attention_mask = attention_mask & (places > attention_mask.sum() - 1 - sliding_window)
     rows = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # [B, g, H / g, d]
-    if attention_mask is not None and s_aux is None and in_kernel(key):
+    if attention_mask is not None and s_aux is None and in_kernel(key, value):
         width = value.shape[-1]
         queries = nn.functional.pad(rows.flatten(0, 1), [width, 0]).unsqueeze(2)  # [B g, H / g, 1, d + d]
         latents, rest, attended = value.flatten(0, 1), key.flatten(0, 1), attended_range(attention_mask)  # [B g, T, d] each

@@ -172,7 +172,9 @@ def token_windows(text: str, tokenizer: Any, tokens: int, window: int, seed: int
     return begun(cut_text(text, tokenizer, tokens, window, seed), first_token(tokenizer))
 
 
-def cut_text(text: str, tokenizer: Any, tokens: int, window: int, seed: int | None = None, run: int = 1) -> "Tensor":
+def cut_text(
+    text: str, tokenizer: Any, tokens: int, window: int, seed: int | None = None, run: int = 1, *, warn: bool = True
+) -> "Tensor":
     """Cut the tokens of a text into windows.
 
     Args:
@@ -182,6 +184,7 @@ def cut_text(text: str, tokenizer: Any, tokens: int, window: int, seed: int | No
         window: tokens per window.
         seed: None for consecutive windows from the start; else windows drawn from the whole text, none twice.
         run: draw so many together that follow one another in the text.
+        warn: whether to say that there are fewer tokens.
 
     Returns:
         [windows, window]; a text shorter than one window gives one shorter window.
@@ -195,7 +198,7 @@ def cut_text(text: str, tokenizer: Any, tokens: int, window: int, seed: int | No
     wanted = min(tokens, len(ids))
     if wanted < 2:
         raise UserError(f"{wanted} tokens of text to work on; at least 2 are needed, some thousands make sense")
-    if wanted < tokens:
+    if wanted < tokens and warn:
         logger.warning("the text has %s tokens, fewer than the %s that would be used", f"{len(ids):,}", f"{tokens:,}")
     window = min(window, wanted)
     windows = ids[: len(ids) // window * window].view(-1, window)
@@ -223,7 +226,7 @@ def calibration_windows(
 ) -> "Tensor":
     """Calibration token ids [windows, tokens], as `cut_text` gives them; two windows or more, one to be held back."""
     text = read_text(calibration, tokens, SPREAD, tokenizer)
-    windows = cut_text(text, tokenizer, tokens, window, seed, run)
+    windows = cut_text(text, tokenizer, tokens, window, seed, run, warn=calibration is not None)  # of the bundled there is no more
     if len(windows) == 1:
         if windows.shape[1] < 4:
             raise UserError(f"the calibration text has {windows.shape[1]} tokens; at least 4 are needed, 131072 and more are usual")

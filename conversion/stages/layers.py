@@ -53,6 +53,7 @@ from .windows import first_tokens, hold_back, joined, shared_batches, shorter, w
 logger = logging.getLogger(__name__)
 
 FIRST_LENGTH = 64  # tokens in a sequence of which each sees itself alone, as if it came first
+JUDGED_WINDOWS = 16  # by which the context is judged that the model is trained for
 PROBED_LAYERS, PROBE_STEPS = 3, 60
 TIE = 0.1  # of the error of a split: what a wider rotary key is worth in contexts longer than the calibration's sequences
 
@@ -200,10 +201,12 @@ class Job:
 
     def survey(self) -> int:
         """Survey the model; returns the context that it shows to be trained for."""
-        names = [name for name, windows in self.texts.items() for _ in windows]
+        names, places = [name for name, windows in self.texts.items() for _ in windows], interleaved(self.train)
         # Sequences of own text are put end to end, and no context tells what new thing is looked up next.
-        whole = torch.tensor([names[place] not in (OWN_TEXT, LOOKUPS) for place in self.surveyed.tolist()])
-        return survey(self.stream, self.windows[self.surveyed], self.batch, self.folder, whole)
+        whole = torch.tensor([names[place] not in (OWN_TEXT, LOOKUPS) for place in places.tolist()])
+        count = len(self.surveyed)
+        more = places[count:][whole[count:]][: max(0, JUDGED_WINDOWS - int(whole[:count].sum()))]
+        return survey(self.stream, self.windows[self.surveyed], self.batch, self.folder, whole[:count], self.windows[more])
 
     def try_sizes(self, sizes: list[tuple[int, int]], processes: Any) -> list[float]:
         """Mean error of a few layers at each size, on surveyed text that they were not fitted to (of four windows and more)."""

@@ -110,7 +110,8 @@ def end_to_end(
     original = load_model(source, torch.device("cpu"), compute_dtype(source, job.device))
     run = broadcast_object_list([windows_in_a_row(job, original.to(job.device)) if main else 1])[0]
     texts, held = job.rows(run)
-    windows = windows_to_train_on(texts, tokens, warn=main and BUNDLED_NAME not in texts)  # of which there is no more
+    unasked = BUNDLED_NAME in texts and tokens == HEAL_TOKENS[job.device.type]  # what nobody chose is not to be mended
+    windows = windows_to_train_on(texts, tokens, warn=main and not unasked)
     window = windows.shape[1]
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     windows = windows[: whole_runs(len(windows), training.micro)]  # what is compiled, is so for each number of them
