@@ -3,7 +3,7 @@
 python benchmarks/drawings.py          # needs matplotlib
 
 Numbers in the drawings are those of Llama-3-8B converted to 512 + 64. The rotary concentration is measured: on one layer of the
-bundled model, on 4,096 tokens of the bundled prose. Style and colours are those of `pictures.py`.
+bundled model, on 4,096 tokens of the text bundled for it. Style and colours are those of `pictures.py`.
 """
 
 from typing import Any

@@ -18,7 +18,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "scale.md"
 
 
 def place(report: dict[str, Any], name: str) -> str:
-    """The machine that a result is of: that of most, unless it is said."""
+    """The machine that a result is of, where `machines` has its name; else that of all others."""
     return machine(report.get("machines", {}).get(name, report["machine"]))
 
 

@@ -108,7 +108,7 @@ def planned(runs: Runs, gpus: list[int]) -> Any:
 
 
 def write_books(path: Path, characters: int) -> None:
-    """So much of the bundled texts (2.3 million tokens, 7.9 million characters), their paragraphs in another order."""
+    """So much of the bundled texts, their paragraphs in another order: of 7.9 million characters, 2.3 million tokens as bundled."""
     import lzma
 
     paragraphs = []

@@ -7,7 +7,7 @@
 * Short tasks are completed, not chatted: SmolLM2-135M-Instruct copies 9 of 16 lists of words so, and none in a chat.
 * A long text has a number at each depth, and each is asked for: what is found is the number of a key, not the only number there.
 * Prompts are put together of tokens, so a sequence with its answer is as long as asked, to the token.
-* The text around is the bundled prose that no conversion is fitted to, a sentence a line.
+* The text around is the bundled validation text, that no conversion is fitted to, a sentence a line.
 """
 
 import random
