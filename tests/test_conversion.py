@@ -224,7 +224,7 @@ def test_own_measure_is_that_of_the_whole_models(converted):
     """`convert` compares the two models a layer at a time, on calibration text that it held back."""
     folder, report = converted
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    windows = calibration_windows(open_checkpoint(MODEL), tokenizer, None, 8192, 256, seed=0)[-4:]
+    windows = calibration_windows(open_checkpoint(MODEL), tokenizer, CALIBRATION, 8192, 256, seed=0)[-4:]
     assert report.held_back_tokens == windows.numel()
     total = Comparison()
     models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (MODEL, folder)]

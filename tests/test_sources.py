@@ -166,8 +166,8 @@ def test_output_is_the_source_where_nothing_is_dropped(tmp_path, name):
     with torch.no_grad():
         expected = original(ids).logits
         assert expected.std() > 0.1
-        # The library rounds Qwen3's norms to float32.
-        assert (converted(ids).logits - expected).abs().max() < (1e-5 if SOURCES[name][0] == "Qwen3" else 1e-9)
+        # The library rounds norms to float32, so the least difference can be one of 1e-7; Qwen3 has more of them.
+        assert (converted(ids).logits - expected).abs().max() < (1e-5 if SOURCES[name][0] == "Qwen3" else 1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("buffers", "shards")])
