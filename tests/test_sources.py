@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import LLAMA3_ROPE, make_source
+from families import Unrounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -163,11 +164,11 @@ def test_output_is_the_source_where_nothing_is_dropped(tmp_path, name):
     assert converted.config.tie_word_embeddings == (converted.lm_head.weight is converted.model.embed_tokens.weight)
     assert {EMBEDDING, "model.norm.weight"} <= open_checkpoint(out).tensors.keys()
     ids = torch.randint(3, 4096, (2, 96))
-    with torch.no_grad():
+    with torch.no_grad(), Unrounded():  # else a last bit of float32 in the library's norms can differ, 3e-7
         expected = original(ids).logits
         assert expected.std() > 0.1
-        # The library rounds norms to float32, so the least difference can be one of 1e-7; Qwen3 has more of them.
-        assert (converted(ids).logits - expected).abs().max() < (1e-5 if SOURCES[name][0] == "Qwen3" else 1e-6)
+        # Qwen3's norms of queries and keys are rounded to float32 in the conversion as well.
+        assert (converted(ids).logits - expected).abs().max() < (1e-5 if SOURCES[name][0] == "Qwen3" else 1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name not in ("buffers", "shards")])

@@ -26,13 +26,25 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
+def losses_of(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
+    """Loss, in nats, at each token but the first [tokens - 1] of one sequence.
+
+    Args:
+        head: [some, D] -> [some, vocabulary].
+        states: what comes out of the decoder [tokens, D].
+        ids: token ids [tokens].
+    """
+    parts = zip(states[:-1].split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
+    return torch.cat([nn.functional.cross_entropy(head(some).float(), right, reduction="none") for some, right in parts])
+
+
+@torch.no_grad()
 def token_losses(model: Any, windows: Tensor) -> Tensor:
     """Loss, in nats, of a causal language model at each token but the first [windows, tokens - 1] of windows [windows, tokens]."""
     head, rows = head_of(model), []
     for ids in windows.to(model.device):
-        states = model.get_decoder()(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0, :-1]
-        parts = zip(states.split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
-        rows.append(torch.cat([nn.functional.cross_entropy(head(some).float(), right, reduction="none") for some, right in parts]))
+        states = model.get_decoder()(input_ids=ids.unsqueeze(0), use_cache=False).last_hidden_state[0]
+        rows.append(losses_of(head, states, ids))
     return torch.stack(rows).cpu()
 
 

@@ -22,6 +22,7 @@ from ..source.attention import attention_of, watch_gradients
 from ..source.checkpoint import Checkpoint
 from ..source.shards import load_file, save_file
 from ..source.streaming import LayerStream, allocate
+from .measures import losses_of
 from .moments import gradient_moment, hooks
 from .scales import HEAD_TOKENS
 
@@ -70,33 +71,35 @@ def survey(stream: LayerStream, windows: Tensor, batch: int, folder: Path, whole
     """
     with tqdm(total=2 * len(stream), desc="surveying", unit="layer") as progress:
         count, tokens = windows.shape
-        windows, whole = torch.cat([windows, more]), torch.cat([whole, whole.new_ones(len(more))])
-        shape = (*windows.shape, stream.config.hidden_size)
+        shape = (count + len(more), tokens, stream.config.hidden_size)
         states = allocate(shape, stream.dtype, stream.device, folder / "surveyed.bin")
-        stream.embed(windows, states)
+        stream.embed(torch.cat([windows, more]), states)
         for index in range(len(stream)):
             save_file({"states": states[:count]}, inputs_file(folder, index))
             with stream.layer(index) as layer:
                 advance(layer, stream.calls[index], states, batch, stream.device)
             progress.update()
 
+        gradient = states[:count]  # of the loss, at the output of the layer at work
         losses = []  # [B, tokens - 1] of each part
         with stream.head() as head:
-            for part, ids in zip(states.split(batch), windows.split(batch), strict=True):
+            for part, ids in zip(gradient.split(batch), windows.split(batch), strict=True):
                 at_output, at_tokens = loss_gradient(head, part.to(stream.device), ids.to(stream.device))
                 part.copy_(at_output)
                 losses.append(at_tokens.double().cpu())
+            for row, ids in zip(states[count:].to(stream.device), more.to(stream.device), strict=True):
+                losses.append(losses_of(lambda some: head(some.unsqueeze(0)).squeeze(0), row, ids).double().cpu().unsqueeze(0))
         each = torch.cat(losses)
         if not torch.isfinite(each).all():
             raise UserError(f"{stream.checkpoint.name} computes numbers that are not finite; {damage(stream.checkpoint)}")
-        context = trained_context(each[whole]) if whole.any() else tokens
+        judged = torch.cat([each[:count][whole], each[count:]])
+        context = trained_context(judged) if len(judged) else tokens
         if context < tokens:
             return context
-        gradient = states[:count]  # of the loss, at the output of the layer at work
         for index in reversed(range(len(stream))):
             with stream.layer(index) as layer:
                 moments = backward(layer, stream.calls[index], layer_inputs(folder, index), gradient, batch, stream.device)
-            save_file({name: (total / (count * tokens)).cpu() for name, total in moments.items()}, gradient_file(folder, index))
+            save_file({name: (total / windows.numel()).cpu() for name, total in moments.items()}, gradient_file(folder, index))
             progress.update()
         return context
 

@@ -6,7 +6,6 @@ What was measured stands in them as a model index, which the Hub shows as evalua
 
 import logging
 import math
-import os
 import re
 import shlex
 from typing import Any
@@ -19,7 +18,6 @@ from ..source.checkpoint import Checkpoint, DecoderCheckpoint, user_path
 from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint
 from ..source.own_text import OWN_TEXT
-from ..source.text import BUNDLED
 from ..source.tokenizer import custom_code
 from .reports import HEALING_RATIO, Closeness, ConvertReport, ExportReport, HealReport
 
@@ -155,7 +153,8 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
 def text_title(name: str) -> str:
     """What a calibration text is called in a card."""
     titles = {OWN_TEXT: "what the source writes itself", LOOKUPS: "lookups made of these"}
-    return titles.get(name, name.removeprefix(f"{BUNDLED}{os.sep}"))
+    file = user_path(name)  # a card may be published, and says no path
+    return titles.get(name, file.name if file.is_file() else name)
 
 
 def results(measured: Closeness, text: str) -> list[EvalResult]:

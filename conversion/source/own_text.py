@@ -93,8 +93,8 @@ def in_kernel(key: Tensor, value: Tensor) -> bool:
     """Whether the kernel that decodes from latents is to read keys and values [B, g, T, d]: where it was seen to be faster."""
     if latent_decode is None or key.device.type != "cuda" or key.dtype.itemsize != 2:
         return False
-    width, others = key.shape[-1], value.shape[-1]
-    return width == others and width in (64, 128) and can_decode(key.device.index, others, width)
+    width = key.shape[-1]
+    return value.shape[-1] == width and width in (64, 128) and can_decode(key.device.index, width, width)
 
 
 def grouped_attention(
