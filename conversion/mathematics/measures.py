@@ -27,12 +27,15 @@ def perplexity(loss: float) -> float:
 
 @torch.no_grad()
 def losses_of(head: Callable[[Tensor], Tensor], states: Tensor, ids: Tensor) -> Tensor:
-    """Loss, in nats, at each token but the first [tokens - 1] of one sequence.
+    """Loss at each token but the first of one sequence.
 
     Args:
         head: [some, D] -> [some, vocabulary].
         states: what comes out of the decoder [tokens, D].
         ids: token ids [tokens].
+
+    Returns:
+        In nats [tokens - 1].
     """
     parts = zip(states[:-1].split(HEAD_TOKENS), ids[1:].split(HEAD_TOKENS), strict=True)
     return torch.cat([nn.functional.cross_entropy(head(some).float(), right, reduction="none") for some, right in parts])
