@@ -82,19 +82,20 @@ def heal(report: dict[str, Any]) -> str:
 
 
 def decode(report: dict[str, Any]) -> str:
-    """Decoding by one and by several GPUs."""
-    rows = []
+    """Decoding by one and by several GPUs; a table for each machine. What a second machine gave is named decode-N-on-MACHINE."""
+    tables: dict[str, list] = {}
     for name, found in sorted(report["results"].items()):
-        if re.fullmatch(r"decode-(\d+|spread)", name):
-            title = "spread by `device_map`" if name == "decode-spread" else f"{found['processes']} x tensor parallel"
+        if re.fullmatch(r"decode-(\d+|spread)(-on-.*)?", name):
+            title = "spread by `device_map`" if name.startswith("decode-spread") else f"{found['processes']} x tensor parallel"
             equal = "-" if "float32_equal" not in found else f"{found['float32_equal']} of {found['tokens']}"
             beyond = found.get("bfloat16_choices_differ_beyond_rounding", "-")
             times = (f"{found[way]['milliseconds_per_token']:.2f}" if way in found else "-" for way in ("eager", "compiled"))
-            rows.append(["1" if name == "decode-1" else title, equal, beyond, *times])
-    if not rows:
+            alone = "float32_equal" not in found  # what the others are compared with
+            tables.setdefault(place(report, name), []).append(["1" if alone else title, equal, beyond, *times])
+    if not tables:
         return "not measured yet"
     header = ["GPUs", "equal tokens, float32", "other choices beyond rounding, bfloat16", "ms a token", "compiled"]
-    text = f"{machine(report['machine'])}:\n\n{table(header, rows)}"
+    text = "\n\n".join(f"{where}:\n\n{table(header, rows)}" for where, rows in tables.items())
     if batches := report["results"].get("batching"):
         parts = (
             f"{name} {found['requests_per_second']:.2f} (at first {found['first_time']:.2f})" for name, found in batches.items()

@@ -21,9 +21,10 @@ def script():
         sys.path.remove(str(BENCHMARKS))
 
 
-def page(script, folder, results):
+def page(script, folder, results, machines=()):
     """The page of these results, block by block."""
-    (folder / "scale.json").write_text(json.dumps({"machine": MACHINE, "layers": 4, "results": results}))
+    report = {"machine": MACHINE, "machines": dict(machines), "layers": 4, "results": results}
+    (folder / "scale.json").write_text(json.dumps(report))
     text = script["with_figures"](script["PAGE"].read_text(encoding="utf-8"), folder)
     return {block[: block.index(" -->")]: block[: block.index("<!-- end")] for block in text.split("<!-- figures: ")[1:]}
 
@@ -72,8 +73,11 @@ def test_healing_and_decoding(script, tmp_path):
         "decode-1": {"processes": 1, "tokens": 192, "eager": {"milliseconds_per_token": 5.0}},
         "decode-2": wide | {"processes": 2, "eager": {"milliseconds_per_token": 6.0}, "compiled": {"milliseconds_per_token": 3.0}},
     }
-    blocks = page(script, tmp_path, results)
+    results |= {"decode-1-on-other": results["decode-1"], "decode-4-on-other": wide | {"processes": 4}}
+    machines = dict.fromkeys(("decode-1-on-other", "decode-4-on-other"), {"device": "4 x Another"})
+    blocks = page(script, tmp_path, results, machines)
     assert "| Llama-3.2-1B | all | 1 | 20,000 | - | - | 30 | 35 |" in blocks["heal"]
     assert "| Llama-3.2-1B | all | 2 | 35,000 | x 1.75 | 0.21% | 30 | - |" in blocks["heal"]
     assert "| 1 | - | - | 5.00 | - |" in blocks["decode"]
     assert "| 2 x tensor parallel | 192 of 192 | 0 | 6.00 | 3.00 |" in blocks["decode"]
+    assert "| 4 x tensor parallel | 192 of 192 | 0 | - | - |" in blocks["decode"].split("4 x Another:")[1]

@@ -166,7 +166,7 @@ def convert(
     share = tokens // len(names)
 
     # What would stand in the way of the result.
-    most_own = max(share, min(heal_tokens // TIMES_READ, MOST_WRITTEN)) if OWN_TEXT in names else 0
+    most_own = max(share, min(heal_tokens, MOST_WRITTEN)) if OWN_TEXT in names else 0
     room = disk_estimate(checkpoint, written, tokens, window, run_device.type, most_own)
     if heal_tokens:
         room += written + training_disk(numbers, numbers)
@@ -215,7 +215,7 @@ def convert(
         lengths = {name: texts[name].numel() if name in texts else math.inf for name in names}
         trained_on = tokens_of_each(lengths, heal_tokens)
         if OWN_TEXT in names:
-            own = max(share, min(trained_on[OWN_TEXT] // TIMES_READ, MOST_WRITTEN))  # the more, the shorter the others are
+            own = max(share, min(trained_on[OWN_TEXT], MOST_WRITTEN))  # the more, the shorter the others are
             with processes.main_process_first():
                 sequences = own_windows(checkpoint, tokenizer, folder, run_device, own, run * window, seed)
             texts[OWN_TEXT] = shorter(sequences, min(window, sequences.shape[1]))

@@ -44,10 +44,10 @@ LORA_RANK = 16
 STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
-TIMES_READ = 2  # a text, if it is long enough; what is read more often is learnt by heart
+TIMES_READ = 2  # a text; what is read more often is learnt by heart
 SHARES = {LOOKUPS: 0.5}  # of a text in the training, beside 1 of each other
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
-MOST_WRITTEN = 1 << 23  # tokens of own text; writing one takes as long as training on two
+MOST_WRITTEN = 1 << 24  # tokens of own text, which is read once; writing one takes as long as training on one
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
 
 
