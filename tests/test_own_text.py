@@ -116,6 +116,15 @@ def test_what_is_written_goes_on_and_depends_on_the_seed(source, tmp_path, monke
     assert not torch.equal(own_windows(checkpoint, tokenizer, tmp_path / "c", cpu, 256, 32, seed=1), whole)
 
 
+@pytest.mark.parametrize(("most", "tokens"), [(1 << 24, 6144), (4096, 4096)])
+def test_training_reads_own_text_once(source, tmp_path, monkeypatch, most, tokens):
+    """So much of it is written as is its part of the training, up to a limit."""
+    monkeypatch.setattr(convert_module, "MOST_WRITTEN", most)
+    given = {"calibration": ["self", VALIDATION], "calibration_tokens": 2048, "heal_tokens": 12288, "keep_own_text": True}
+    convert(source, str(tmp_path / "out"), **given, **SIZES | {"steps": 0})
+    assert len((tmp_path / "out" / "own_text.jsonl").read_text(encoding="utf-8").splitlines()) == tokens / 256
+
+
 def test_several_texts_are_mixed_and_measured_each(source, tmp_path):
     out = tmp_path / "out"
     given = {"calibration": ["self", VALIDATION], "calibration_tokens": 8192, "keep_own_text": True}
