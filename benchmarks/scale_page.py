@@ -22,6 +22,11 @@ def place(report: dict[str, Any], name: str) -> str:
     return machine(report.get("machines", {}).get(name, report["machine"]))
 
 
+def by_machine(tables: dict[str, list], header: list[str]) -> str:
+    """Tables under the names of their machines."""
+    return "\n\n".join(f"{where}:\n\n{table(header, rows)}" for where, rows in tables.items()) or "not measured yet"
+
+
 def convert(report: dict[str, Any]) -> str:
     """Conversions by one and by several processes, and one that was killed."""
     results, rows = report["results"], []
@@ -78,7 +83,7 @@ def heal(report: dict[str, Any]) -> str:
                 ]
             )
     header = ["model", "trained", "GPUs", "tokens per second", "to one GPU", "loss differs by", "GB of a GPU", "planned"]
-    return "\n\n".join(f"{where}:\n\n{table(header, rows)}" for where, rows in tables.items()) or "not measured yet"
+    return by_machine(tables, header)
 
 
 def decode(report: dict[str, Any]) -> str:
@@ -86,16 +91,16 @@ def decode(report: dict[str, Any]) -> str:
     tables: dict[str, list] = {}
     for name, found in sorted(report["results"].items()):
         if re.fullmatch(r"decode-(\d+|spread)(-on-.*)?", name):
-            title = "spread by `device_map`" if name.startswith("decode-spread") else f"{found['processes']} x tensor parallel"
-            equal = "-" if "float32_equal" not in found else f"{found['float32_equal']} of {found['tokens']}"
+            if "float32_equal" in found:
+                title = "spread by `device_map`" if "spread" in name else f"{found['processes']} x tensor parallel"
+                equal = f"{found['float32_equal']} of {found['tokens']}"
+            else:
+                title, equal = "1", "-"  # what the others are compared with
             beyond = found.get("bfloat16_choices_differ_beyond_rounding", "-")
             times = (f"{found[way]['milliseconds_per_token']:.2f}" if way in found else "-" for way in ("eager", "compiled"))
-            alone = "float32_equal" not in found  # what the others are compared with
-            tables.setdefault(place(report, name), []).append(["1" if alone else title, equal, beyond, *times])
-    if not tables:
-        return "not measured yet"
+            tables.setdefault(place(report, name), []).append([title, equal, beyond, *times])
     header = ["GPUs", "equal tokens, float32", "other choices beyond rounding, bfloat16", "ms a token", "compiled"]
-    text = "\n\n".join(f"{where}:\n\n{table(header, rows)}" for where, rows in tables.items())
+    text = by_machine(tables, header)
     if batches := report["results"].get("batching"):
         parts = (
             f"{name} {found['requests_per_second']:.2f} (at first {found['first_time']:.2f})" for name, found in batches.items()
