@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import MODEL
+from conftest import BUNDLED, MODEL
 from families import EXACT, disturbed, make
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_mla import MLACache, attention_mla
 from hf_mla_conversion import convert
+from hf_mla_conversion.mathematics import captured
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.stages import one_size
 
@@ -63,6 +64,29 @@ def test_layers_repeat_and_training_nearly(tmp_path, monkeypatch, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).cuda()
     ids = torch.randint(3, 4096, (2, 24)).cuda()
     assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
+
+
+@pytest.mark.parametrize("trained", ["all", "attention", "lora"])
+def test_captured_steps_train_as_others_do(tmp_path, monkeypatch, trained):
+    amounts = {"calibration_tokens": 1 << 16, "window": 256, "steps": 2, "heal_tokens": 20 << 14}
+    text, shapes, courses = str(BUNDLED / "validation.txt.xz"), [], []
+    capture = captured.CapturedSteps.capture
+
+    def counted(steps, ids):
+        capture(steps, ids)
+        assert steps.able
+        shapes.append(ids.shape)
+
+    monkeypatch.setattr(captured.CapturedSteps, "capture", counted)
+    monkeypatch.setattr(one_size, "TRAINED", trained)
+    for eager in (captured.EAGER_STEPS, 1000):
+        monkeypatch.setattr(captured, "EAGER_STEPS", eager)
+        sizes = {"kv_lora_rank": 44, "qk_rope_head_dim": 16}
+        report = convert(MODEL, str(tmp_path / str(eager)), device="cuda", calibration=text, **amounts, **sizes)
+        courses.append([entry["perplexity"] for entry in report.end_to_end.history if "perplexity" in entry])
+    assert len(shapes) == len(set(shapes)) > 0
+    assert courses[0][-1] < 0.99 * courses[0][0]
+    assert courses[0] == pytest.approx(courses[1], rel=2e-3)
 
 
 @pytest.mark.parametrize(

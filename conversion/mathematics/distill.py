@@ -4,7 +4,8 @@
 * The loss is the Kullback-Leibler divergence of the student's predictions from the teacher's at every position; in evaluation it
   is the student's own loss on the text, whose exponential is its perplexity.
 * The Trainer brings what `accelerate launch` configures (several GPUs, FSDP2, DeepSpeed), accumulation, checkpoints and resume.
-* Logits are never there for more than some positions at a time, and on GPUs a decoder layer is compiled, which serves for all.
+* Logits are never there for more than some positions at a time, and on GPUs a decoder layer is compiled, which serves for all; on
+  one GPU a step is captured as a graph.
 * A loss that is not finite stops the training before such weights can be saved, and names the layer that it came from.
 """
 
@@ -27,6 +28,7 @@ from ..errors import UserError
 from ..source.families import experts_per_token
 from ..source.loading import head_of
 from ..source.shards import save_file
+from .captured import CapturedSteps
 from .measures import perplexity
 from .scales import HEAD_TOKENS
 
@@ -130,7 +132,8 @@ class DistillationTrainer(Trainer):
         self.trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
         self.best: dict[str, Tensor] = {}
         self._watched: list[Tensor] | None = None
-        self._finite: tuple[int, Tensor] | None = None  # a step, and whether each layer and the loss were; on the device
+        # A step, whether each layer and the loss were finite, on the CPU, and when this is there.
+        self._finite: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         for layer in student.get_decoder().layers:
             layer.register_forward_hook(lambda _module, _args, output: self._watch(output))
         # The loss is computed in the head's place, inside the model's forward pass: what shards or casts weights does it there.
@@ -154,6 +157,20 @@ class DistillationTrainer(Trainer):
         texts: Any = self.train_dataset
         self._configs = [language_model.config, self.teacher.config]
         self._unmasked = all(needs_no_mask(config, len(texts[0]["input_ids"])) for config in self._configs)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self._steps = CapturedSteps(trained, self._step) if self._can_be_captured(student) else None
+
+    def _can_be_captured(self, student: Any) -> bool:
+        """Whether nothing in a step waits for the GPU, or takes part in what others do."""
+        return (
+            self.args.device.type == "cuda"
+            and self.args.world_size == 1
+            and self.args.gradient_accumulation_steps == 1
+            and not self.is_deepspeed_enabled
+            and self._unmasked
+            and not experts_per_token(self.teacher.config)
+            and not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
+        )
 
     def _watch(self, output: Any) -> None:
         if self._watched is not None:
@@ -182,33 +199,62 @@ class DistillationTrainer(Trainer):
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation = implementation
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The Trainer's, or its forward and backward pass alone, replayed."""
+        if self._steps is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self.check_finite()
+        model.train()
+        loss, finite = self._steps(self._shortened(self._prepare_inputs(inputs)["input_ids"]))
+        self._remember(finite)
+        return loss
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """The divergence from the teacher on `input_ids` [B, T]; of a model in evaluation mode, its cross-entropy."""
         self.check_finite()
-        ids, target = inputs["input_ids"], None
-        if model.training:
-            if self.cut is not None and self.state.global_step % 2:
-                ids = self.cut(ids)
-            with torch.no_grad():
-                target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        self._batch, self._watched = (ids, target), []  # references to tensors that the backward pass keeps anyway
-        loss = model(input_ids=ids, use_cache=False).logits
-        watched, self._watched = self._watched, None  # gradient checkpointing runs the layers again, unwatched
-        self._finite = self.state.global_step, torch.stack([*(output.isfinite().all() for output in watched), loss.isfinite()])
+        loss, finite = self._compute(model, self._shortened(inputs["input_ids"]) if model.training else inputs["input_ids"])
+        self._remember(finite)
         if not model.training:
             self.check_finite()
         return (loss, {}) if return_outputs else loss
+
+    def _shortened(self, ids: Tensor) -> Tensor:
+        return self.cut(ids) if self.cut is not None and self.state.global_step % 2 else ids
+
+    def _step(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        loss, finite = self._compute(self.model_wrapped, ids)
+        loss.backward()
+        return loss.detach(), finite
+
+    def _compute(self, model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and whether the output of each layer and the loss are finite [layers + 1]."""
+        target = None
+        if model.training:
+            with torch.no_grad():
+                target = self.teacher.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        self._batch, self._watched = (ids, target), []
+        loss = model(input_ids=ids, use_cache=False).logits
+        watched, self._watched = self._watched, None  # gradient checkpointing runs the layers again, unwatched
+        del self._batch
+        return loss, torch.stack([*(output.isfinite().all() for output in watched), loss.isfinite()])
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, not compiled: its shapes and modes are others."""
         with torch.compiler.set_stance("force_eager"):
             return super().evaluate(*args, **kwargs)
 
+    def _remember(self, finite: Tensor) -> None:
+        copied = finite.to("cpu", non_blocking=True)
+        event = torch.cuda.current_stream().record_event() if finite.device.type == "cuda" else None
+        self._finite = self.state.global_step, copied, event
+
     def check_finite(self) -> None:
-        """Raise a UserError if the last loss was not finite. Asked one step later, a GPU need not be waited for."""
+        """Raise a UserError if the last loss was not finite. Asked one step later, what a GPU does after it is not waited for."""
         if self._finite is None:
             return
-        (step, finite), self._finite = self._finite, None
+        (step, finite, event), self._finite = self._finite, None
+        if event is not None:
+            event.synchronize()
         *layers, loss = finite.tolist()
         if not loss:
             broken = f"layer {layers.index(False)}" if False in layers else "the head"
