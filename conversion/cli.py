@@ -208,7 +208,7 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("--teacher", required=True, metavar="SOURCE", help="what it was converted from: folder, .gguf or Hub id")
     heal.add_argument("--text", required=True, action="append", metavar="TEXT", help="as convert's, but self; a part is held back")
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
-    heal.add_argument("--train", metavar="WHAT", help="lora, attention or all weights (attention)")
+    heal.add_argument("--train", metavar="WHAT", help="lora, attention, layers or all weights (attention)")
     heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")
     heal.add_argument("--learning-rate", type=float, metavar="R", help="at its highest (lora, attention 0.001, all 0.00025)")
     heal.add_argument("--step-tokens", type=int, metavar="N", help="tokens in a step, over all processes (GPU 16384, CPU 4096)")

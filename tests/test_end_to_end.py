@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CALIBRATION, MODEL, VALIDATION, make_source, run_apart
+from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.mathematics.distill import BEST, DistillationTrainer
@@ -59,7 +60,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("both")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(converter_module.STEP_TOKENS, "cpu", 1024)
-        patch.setitem(converter_module.RATES, "all", 2e-4)  # for so few steps
+        patch.setitem(converter_module.RATES, "layers", 2e-4)  # for so few steps
         reports = [convert(MODEL, str(folder / name), heal_tokens=n, **options) for name, n in (("layers", 0), ("out", 8192))]
     return folder, *reports
 
@@ -67,7 +68,7 @@ def both(tmp_path_factory):
 def test_a_trained_model_gets_closer_to_its_source(both):
     folder, _, report = both
     stage = report.end_to_end
-    assert stage.steps_taken == stage.steps == 8 and stage.tokens_per_step == 1024 and stage.train == "all"
+    assert stage.steps_taken == stage.steps == 8 and stage.tokens_per_step == 1024 and stage.train == "layers"
     assert stage.history[0]["perplexity"] == pytest.approx(report.layers_alone.perplexity.converted, rel=1e-4)
     assert report.perplexity_ratio < report.layers_alone.perplexity_ratio and report.kl < report.layers_alone.kl
     (text,) = report.texts
@@ -77,8 +78,11 @@ def test_a_trained_model_gets_closer_to_its_source(both):
     assert trained < untrained  # on text that neither has seen
     assert trained < 2
     card = (folder / "out" / "README.md").read_text()
-    assert "all weights were trained to predict what the source predicts" in card and "8,192 tokens of the same text" in card
-    assert f"(x {report.perplexity_ratio:.4f})" in card and "by layer, before all weights were trained |" in card
+    assert "all weights but those of the embedding and the head were trained to predict what the source predicts" in card
+    assert "8,192 tokens of the same text" in card
+    model = AutoModelForCausalLM.from_pretrained(folder / "out")
+    assert stage.trained_parameters == model.num_parameters() - model.get_input_embeddings().weight.numel()
+    assert f"(x {report.perplexity_ratio:.4f})" in card and "by layer, before all layers were trained |" in card
     names = [{path.name for path in (folder / name).iterdir()} for name in ("out", "layers")]
     assert names[0] == names[1]
 
@@ -152,7 +156,7 @@ def test_sequences_take_turns_in_a_resumed_training_as_well(tmp_path, source, mo
 
 def test_nothing_worse_is_written(tmp_path, source, monkeypatch, caplog):
     """At a ruinous rate the model that went in is the best, and comes out."""
-    monkeypatch.setitem(converter_module.RATES, "all", 10.0)
+    monkeypatch.setitem(converter_module.RATES, "layers", 10.0)
     (tmp_path / "short.txt").write_text(read_text(VALIDATION, 64))
     options = OPTIONS | {"calibration": str(tmp_path / "short.txt")}
     with caplog.at_level(logging.WARNING):

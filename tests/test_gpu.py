@@ -66,7 +66,7 @@ def test_layers_repeat_and_training_nearly(tmp_path, monkeypatch, name):
     assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
 
 
-@pytest.mark.parametrize("trained", ["all", "attention", "lora"])
+@pytest.mark.parametrize("trained", ["layers", "all", "attention", "lora"])
 def test_captured_steps_train_as_others_do(tmp_path, monkeypatch, trained):
     amounts = {"calibration_tokens": 1 << 16, "window": 256, "steps": 2, "heal_tokens": 20 << 14}
     text, shapes, courses = str(BUNDLED / "validation.txt.xz"), [], []

@@ -132,7 +132,7 @@ def test_the_library_makes_no_masks_where_none_are_needed(tmp_path, monkeypatch,
     assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("train", ["lora", "attention", "all"])
+@pytest.mark.parametrize("train", ["lora", "attention", "layers", "all"])
 def test_what_is_trained_changes_and_nothing_else(rough, tmp_path, train):
     options = {"steps": 6, "step_tokens": 1024, "learning_rate": 1e-3, "device": "cpu"}
     report = heal(rough, str(tmp_path / "healed"), teacher=MODEL, text=CALIBRATION, train=train, **options)
@@ -141,14 +141,15 @@ def test_what_is_trained_changes_and_nothing_else(rough, tmp_path, train):
     assert before.keys() == after.keys()  # adapters are merged
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     norms = {name for name in changed if "norm" in name}
-    if train == "all":
-        assert "model.embed_tokens.weight" in changed
+    if train in ("layers", "all"):
+        assert ("model.embed_tokens.weight" in changed) == (train == "all") and any(".mlp." in name for name in changed)
     else:
         attention = {name for name in changed if ".self_attn." in name}
         assert attention and (changed == attention if train == "attention" else any(".mlp." in name for name in changed))
         assert train == "attention" or not norms
     if train != "lora":
-        trained = sum(tensor.numel() for name, tensor in before.items() if train == "all" or ".self_attn." in name)
+        parts = {"attention": [".self_attn."], "layers": [".layers.", "model.norm."], "all": [""]}[train]
+        trained = sum(tensor.numel() for name, tensor in before.items() if any(part in name for part in parts))
         assert report.trained_parameters == trained
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
     assert model(torch.arange(8)[None]).logits.isfinite().all()
@@ -314,9 +315,10 @@ def test_what_is_held_back_is_whole_batches(tmp_path, count):
 
 def test_a_dry_run_writes_nothing(pair, tmp_path):
     dest = tmp_path / "healed"
-    plans = {train: small(pair, dest, train=train, dry_run=True).memory_bytes for train in ("lora", "attention", "all")}
+    plans = {train: small(pair, dest, train=train, dry_run=True).memory_bytes for train in ("lora", "attention", "layers", "all")}
     assert not list(tmp_path.iterdir())
-    assert plans["lora"]["gradients_and_optimizer"] < plans["all"]["gradients_and_optimizer"]
+    trained = {train: plan["gradients_and_optimizer"] for train, plan in plans.items()}
+    assert trained["lora"] < trained["layers"] and trained["attention"] < trained["layers"] < trained["all"]
     assert all(plan["total"] == sum(plan.values()) - plan["total"] for plan in plans.values())
     less = small(pair, dest, gradient_checkpointing=True, dry_run=True).memory_bytes
     assert less["activations"] < plans["attention"]["activations"]
@@ -333,7 +335,7 @@ def test_gradient_checkpointing_gives_the_same_weights(pair, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train": "mlp"}, "--train is mlp; allowed: lora, attention, all"),
+        ({"train": "mlp"}, "--train is mlp; allowed: lora, attention, layers, all"),
         ({"steps": 0}, "--steps is 0; allowed: 1 or more"),
         ({"lora_rank": 0}, "--lora-rank is 0"),
         ({"train": "lora", "lora_rank": 49}, "--lora-rank is 49; allowed: 1 to 48"),

@@ -132,19 +132,18 @@ def test_every_second_step_sees_short_sequences(tmp_path, monkeypatch, trained):
     monkeypatch.setitem(layers_module.SCALES, "cpu", replace(layers_module.SCALES["cpu"], window=32, long=128))
     monkeypatch.setitem(one_size.STEP_TOKENS, "cpu", 512)
     monkeypatch.setattr(one_size, "trained_context", lambda losses: losses.shape[1] + 1 if trained else 64)
-    compute_loss = DistillationTrainer.compute_loss
+    compute = DistillationTrainer._compute
 
-    def watched(self, model, *arguments, **options):
-        loss = compute_loss(self, model, *arguments, **options)
-        shapes.append((self.state.global_step, model.training, *self._batch[0].shape))
-        return loss
+    def watched(self, model, ids):
+        shapes.append((model.training, *ids.shape))
+        return compute(self, model, ids)
 
-    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    monkeypatch.setattr(DistillationTrainer, "_compute", watched)
     texts = [BUNDLED_NAME, "lookups"]
     report = convert(source, str(tmp_path / "out"), calibration=texts, calibration_tokens=8192, steps=0, heal_tokens=2304, **SIZES)
-    steps = [shape for _, training, *shape in shapes if training]
+    steps = [shape for training, *shape in shapes if training]
     assert steps == ([[4, 128], [16, 32]] * 2 if trained else [[16, 32]] * 4)
-    held = {tuple(shape) for _, training, *shape in shapes if not training}
+    held = {tuple(shape) for training, *shape in shapes if not training}
     assert {tokens for _, tokens in held} == ({128} if trained else {32})
     assert report.window == 32
 

@@ -37,6 +37,7 @@ from ..stages.end_to_end import (
     distil,
     plan_training,
     tokens_of_each,
+    trained_names,
     write_trained,
 )
 from .verify import check_pair, compare
@@ -78,9 +79,10 @@ def heal(
         text: a file or a data set, as for `convert`, or several, mixed evenly; a part of it is held back to measure on. With
             "lookups" among them the model is also trained on text, made of the others, in which things are looked up.
         steps: how many to take at most.
-        train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
+        train: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention), "layers" (all
+            weights but those of the embedding and the head) or "all".
         lora_rank: rank of the adapters.
-        learning_rate: at its highest; None for 1e-3, and 2.5e-4 for all weights.
+        learning_rate: at its highest; None for 1e-3, and 2.5e-4 for "layers" and "all".
         step_tokens: in one step, over all processes; None for 16,384 on a GPU and 4,096 on the CPU.
         gradient_checkpointing: compute activations again in the backward pass, for less memory and more time.
         device: "auto", "cpu" or "cuda".
@@ -240,14 +242,10 @@ def linear_shapes(checkpoint: ModelCheckpoint) -> list[tuple[int, ...]]:
 
 def trained_parameters(checkpoint: ModelCheckpoint, train: str, lora_rank: int) -> int:
     """How many numbers are trained, from headers alone."""
-    tensors = checkpoint.tensors
     if train == "lora":
         return sum(lora_rank * sum(shape) for shape in linear_shapes(checkpoint))
-    return sum(
-        tensor.parameters
-        for name, tensor in tensors.items()
-        if train == "all" or f".{checkpoint.config.family.attention_name}." in name
-    )
+    names = trained_names(checkpoint.model, train)
+    return sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name in names)
 
 
 def record_healing(output: Path, report: HealReport, recipe: dict, name: str) -> None:

@@ -77,6 +77,7 @@ What the source's licence and card say holds for it too.
 TRAINED = {
     "lora": "adapters of rank {rank} on all linear layers, merged",
     "attention": "all weights of the attention",
+    "layers": "all weights but those of the embedding and the head",
     "all": "all weights",
 }
 
@@ -132,7 +133,7 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
         tokens=report.calibration_tokens,
         calibration=" and ".join(text_title(text.name) for text in report.texts),
         method="the closed form" + (f", and {steps}" if report.steps else " alone, nothing fitted") + whole,
-        copied="Nothing but the tokenizer" if stage and stage.train == "all" else "Everything but the attention",
+        copied="Nothing but embedding, head and tokenizer" if stage else "Everything but the attention",
         held=report.held_back_tokens,
         before=report.perplexity.source,
         after=report.perplexity.converted,
@@ -144,7 +145,7 @@ def model_card(source: ModelCheckpoint, config: Any, report: ConvertReport, reci
         healing=", and fine-tune it before relying on it" if report.perplexity_ratio > HEALING_RATIO else "",
         window=f"{report.window:,}" + (f" and {stage.window:,}" if stage and stage.window != report.window else ""),
         seed=recipe["seed"],
-        alone=", before all weights were trained" if stage else "",
+        alone=", before all layers were trained" if stage else "",
         least=min(errors),
         most=max(errors),
     )

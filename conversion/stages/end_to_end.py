@@ -36,16 +36,17 @@ from ..source.families import mlp_width
 from ..source.loading import compute_dtype, load_model
 from ..source.lookups import LOOKUPS
 from ..source.matching import ModelCheckpoint
+from ..source.own_text import BUNDLED_NAME
 from ..source.shards import TORCH_NAMES, ShardWriter, load_file
 
 
-RATES = {"lora": 1e-3, "attention": 1e-3, "all": 2.5e-4}
+RATES = {"lora": 1e-3, "attention": 1e-3, "layers": 2.5e-4, "all": 2.5e-4}
 LORA_RANK = 16
 STEP_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}
 MICRO_TOKENS = {"cuda": 1 << 14, "cpu": 1 << 12}  # in one forward pass; the rest of a step is accumulated
 EVALUATIONS = 20
 TIMES_READ = 2  # a text; what is read more often is learnt by heart
-SHARES = {LOOKUPS: 0.5}  # of a text in the training, beside 1 of each other
+SHARES = {LOOKUPS: 0.5, BUNDLED_NAME: 0.4}  # of a text in the training, beside 1 of each other
 MOST_READ = 8  # the text that is too short beside others, for the sake of variety
 MOST_WRITTEN = 1 << 24  # tokens of own text, which is read once; writing one takes as long as training on one
 CHECKPOINTS = 4  # of evaluations: a checkpoint takes as long as many steps of a small model
@@ -56,7 +57,8 @@ class Training:
     """How a model is trained.
 
     Args:
-        what: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention) or "all".
+        what: "lora" (adapters on all linear layers, merged in the end), "attention" (all weights of the attention), "layers" (all
+            weights but those of the embedding and the head) or "all".
         steps: at most.
         rate: learning rate at its highest.
         micro: windows in one forward pass of a process.
@@ -259,7 +261,7 @@ def memory(
     layer = 8 * hidden + heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 4 * mlp_width(config)
     kept = config.num_hidden_layers * (hidden if training.gradient_checkpointing else layer)
     kept += layer if training.gradient_checkpointing else 0
-    head = 0 if lora or training.what == "attention" else config.vocab_size * hidden * 8  # its gradient, and a chunk's share of it
+    head = config.vocab_size * hidden * 8 if training.what == "all" else 0  # its gradient, and a chunk's share of it
     parts = {
         "student": weights * (dtypes[0] if lora else torch.float32).itemsize,
         "teacher": theirs * dtypes[1].itemsize,
@@ -293,9 +295,26 @@ def prepare(student: Any, training: Training) -> Any:
         rank = training.lora_rank
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
         return get_peft_model(student, config)
+    names = trained_names(student, training.what)
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(training.what == "all" or f".{student.config.family.attention_name}." in name)
+        parameter.requires_grad_(name in names)
     return student
+
+
+def trained_names(model: Any, what: str) -> set[str]:
+    """Names of the parameters that are trained of a converted model: of the "attention", the "layers" or "all"; see `Training`."""
+    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    chosen = {
+        "attention": lambda name, _: f".{model.config.family.attention_name}." in name,
+        "layers": lambda _, parameter: id(parameter) not in ends,
+        "all": lambda *_: True,
+    }[what]
+    return {name for name, parameter in model.named_parameters() if chosen(name, parameter)}
+
+
+def numbers_in_layers(config: Any, numbers: int) -> int:
+    """How many of a converted model's numbers are not those of the embedding and the head."""
+    return numbers - config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
 
 
 class Windows(torch.utils.data.Dataset):

@@ -38,6 +38,7 @@ from .end_to_end import (
     batches,
     distil,
     memory,
+    numbers_in_layers,
     plan_training,
     tokens_of_each,
     write_trained,
@@ -50,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 HEAL_TOKENS = {"cuda": 24_000_000, "cpu": 0}
 LONG_ROWS = 16  # of each text, to see whether the original is trained for long sequences
-TRAINED = "all"  # by the end-to-end stage
+TRAINED = "layers"  # by the end-to-end stage
 
 
 def convert_size(job: Job, config: Any, dtype: str, tokenizer: Any, heal_tokens: int, processes: Any) -> tuple[Any, dict[str, Any]]:
@@ -116,7 +117,8 @@ def end_to_end(
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     windows = windows[: whole_runs(len(windows), training.micro)]  # what is compiled, is so for each number of them
     training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
-    plan = plan_training(converted, source, converted.parameters, training, window, job.device, count)
+    trained = numbers_in_layers(converted.config, converted.parameters)
+    plan = plan_training(converted, source, trained, training, window, job.device, count)
     started = time.perf_counter()
     cut = partial(cut_rows, window=window // run, begin=job.begin) if run > 1 else None
     with repeatable(job.device.type == "cpu"):  # on a GPU that takes half as long again
@@ -216,7 +218,8 @@ def trainable_tokens(
         return 0
     dtype = compute_dtype(source, device)
     training = training_of_all(STEP_TOKENS[device.type], window, device, 1)
-    needed = memory(config, (numbers, source.parameters, numbers), (dtype, dtype), training, window, device)["total"]
+    sizes = numbers, source.parameters, numbers_in_layers(config, numbers)
+    needed = memory(config, sizes, (dtype, dtype), training, window, device)["total"]
     free = free_memory(device)
     if needed <= free:
         return tokens
