@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CALIBRATION, MODEL, VALIDATION, make_source, run_apart
+from families import EXACT, disturbed
 from transformers import AutoModelForCausalLM
 
 from hf_mla_conversion import UserError, convert, verify
@@ -20,7 +21,7 @@ from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.source.shards import load_file, save_file
 from hf_mla_conversion.source.text import read_text
 from hf_mla_conversion.stages import one_size as converter_module
-from hf_mla_conversion.stages.end_to_end import distil, tokens_of_each
+from hf_mla_conversion.stages.end_to_end import distil, numbers_in_layers, tokens_of_each, trained_names
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
@@ -198,13 +199,21 @@ def test_short_texts_are_read_often_but_not_too_often():
     assert tokens_of_each({"a": 100}, 0) == {"a": 0}
 
 
-def test_lookups_have_half_of_the_share_of_a_text():
+def test_shares_of_lookups_and_of_the_bundled_prose():
     assert tokens_of_each({"a": math.inf, "lookups": math.inf}, 30_000) == {"a": 20_000, "lookups": 10_000}
-    assert tokens_of_each({"a": 1000, "self": math.inf, "lookups": math.inf}, 38_000) == {
-        "a": 8000,
-        "self": 20_000,
-        "lookups": 10_000,
-    }
+    for prose in (1000, math.inf):  # read as often as it may be, or as is its part
+        texts = {BUNDLED_NAME: prose, "self": math.inf, "lookups": math.inf}
+        assert tokens_of_each(texts, 38_000) == {BUNDLED_NAME: 8000, "self": 20_000, "lookups": 10_000}
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2, no width of heads, tied", "Phi", "GPTNeoX", "Mixtral"])
+def test_layers_are_all_but_embedding_and_head(name):
+    model = disturbed(name, *EXACT[name][2:], noise=0.0)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    expected = {id(parameter) for parameter in model.parameters()} - {id(p) for end in ends for p in end.parameters()}
+    named, names = dict(model.named_parameters()), trained_names(model, "layers")
+    assert {id(named[name]) for name in names} == expected
+    assert sum(named[name].numel() for name in names) == numbers_in_layers(model.config, model.num_parameters())
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):

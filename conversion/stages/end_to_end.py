@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerState, TrainingArguments
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer import TRAINER_STATE_NAME
@@ -303,18 +303,18 @@ def prepare(student: Any, training: Training) -> Any:
 
 def trained_names(model: Any, what: str) -> set[str]:
     """Names of the parameters that are trained of a converted model: of the "attention", the "layers" or "all"; see `Training`."""
-    ends = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    chosen = {
-        "attention": lambda name, _: f".{model.config.family.attention_name}." in name,
-        "layers": lambda _, parameter: id(parameter) not in ends,
-        "all": lambda *_: True,
-    }[what]
-    return {name for name, parameter in model.named_parameters() if chosen(name, parameter)}
+    named = dict(model.named_parameters())
+    if what == "attention":
+        return {name for name in named if f".{model.config.family.attention_name}." in name}
+    ends = nn.ModuleList([model.get_input_embeddings(), model.get_output_embeddings()] if what == "layers" else [])
+    left = {id(parameter) for parameter in ends.parameters()}
+    return {name for name, parameter in named.items() if id(parameter) not in left}
 
 
 def numbers_in_layers(config: Any, numbers: int) -> int:
     """How many of a converted model's numbers are not those of the embedding and the head."""
-    return numbers - config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    matrices = 1 if config.tie_word_embeddings else 2
+    return numbers - config.vocab_size * (matrices * config.hidden_size + config.family.head_bias)
 
 
 class Windows(torch.utils.data.Dataset):
