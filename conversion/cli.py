@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--heal-tokens",
         type=int,
         metavar="N",
-        help="then train the whole model on so many (20000000 on a GPU with room for it, else 0)",
+        help="then train the whole model on so many (24000000 on a GPU with room for it, else 0)",
     )
     add_device(convert)
     add_dtype(convert)
@@ -210,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     heal.add_argument("--steps", type=int, metavar="N", help="at most so many (1000)")
     heal.add_argument("--train", metavar="WHAT", help="lora, attention, layers or all weights (attention)")
     heal.add_argument("--lora-rank", type=int, metavar="R", help="rank of the adapters (16)")
-    heal.add_argument("--learning-rate", type=float, metavar="R", help="at its highest (lora, attention 0.001, all 0.00025)")
+    heal.add_argument("--learning-rate", type=float, metavar="R", help="at its highest (0.001; layers, all 0.00025)")
     heal.add_argument("--step-tokens", type=int, metavar="N", help="tokens in a step, over all processes (GPU 16384, CPU 4096)")
     heal.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
     add_device(heal)

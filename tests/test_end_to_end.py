@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM
 from hf_mla_conversion import UserError, convert, verify
 from hf_mla_conversion.mathematics.distill import BEST, DistillationTrainer
 from hf_mla_conversion.mathematics.scales import SCALES
+from hf_mla_conversion.source.checkpoint import open_checkpoint
+from hf_mla_conversion.source.matching import match_model
 from hf_mla_conversion.source.own_text import BUNDLED_NAME
 from hf_mla_conversion.source.shards import load_file, save_file
 from hf_mla_conversion.source.text import read_text
 from hf_mla_conversion.stages import one_size as converter_module
-from hf_mla_conversion.stages.end_to_end import distil, numbers_in_layers, tokens_of_each, trained_names
+from hf_mla_conversion.stages.end_to_end import distil, numbers_of_ends, tokens_of_each, trained_names
 
 
 OPTIONS = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "calibration_tokens": 4096, "window": 64, "steps": 2, "device": "cpu"}
@@ -213,7 +215,15 @@ def test_layers_are_all_but_embedding_and_head(name):
     expected = {id(parameter) for parameter in model.parameters()} - {id(p) for end in ends for p in end.parameters()}
     named, names = dict(model.named_parameters()), trained_names(model, "layers")
     assert {id(named[name]) for name in names} == expected
-    assert sum(named[name].numel() for name in names) == numbers_in_layers(model.config, model.num_parameters())
+
+
+def test_a_tied_head_that_is_stored_is_counted(tmp_path):
+    folder = make_source(tmp_path / "source", tie_word_embeddings=True)
+    weights = load_file(tmp_path / "source" / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    for count in (1, 2):
+        assert numbers_of_ends(match_model(open_checkpoint(folder))) == count * embedding.numel()
+        save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "source" / "model.safetensors")
 
 
 def test_what_does_not_fit_is_said_before_any_work(tmp_path, source, monkeypatch, caplog):

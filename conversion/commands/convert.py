@@ -39,7 +39,7 @@ from ..source.own_text import ALONE, BUNDLED_NAME, OWN_TEXT, own_length, own_win
 from ..source.shards import DTYPES, ITEMSIZE, TORCH_NAMES, load_file, save_file
 from ..source.text import calibration_windows
 from ..source.tokenizer import first_token, load_tokenizer
-from ..stages.end_to_end import MOST_WRITTEN, TIMES_READ, numbers_in_layers, tokens_of_each
+from ..stages.end_to_end import MOST_WRITTEN, TIMES_READ, numbers_of_ends, tokens_of_each
 from ..stages.end_to_end import disk_estimate as training_disk
 from ..stages.frontier import search
 from ..stages.layers import Job, best_split, repeatable
@@ -169,7 +169,7 @@ def convert(
     most_own = max(share, min(heal_tokens, MOST_WRITTEN)) if OWN_TEXT in names else 0
     room = disk_estimate(checkpoint, written, tokens, window, run_device.type, most_own)
     if heal_tokens:
-        room += written + training_disk(numbers, numbers_in_layers(config, numbers))
+        room += written + training_disk(numbers, numbers - numbers_of_ends(checkpoint))
     if max_ratio is not None:
         room *= 2  # the best so far is kept beside the one at work
     path = check_output(out, [checkpoint.folder, *checkpoint.paths.values()], room, processes, overwrite=overwrite)

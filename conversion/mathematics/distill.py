@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AttentionInterface, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_mla.configuration_mla import ropes
 
 from ..errors import UserError
 from ..source.families import experts_per_token
@@ -162,12 +165,13 @@ class DistillationTrainer(Trainer):
 
     def _can_be_captured(self, student: Any) -> bool:
         """Whether nothing in a step waits for the GPU, or takes part in what others do."""
+        ropes_of_both = [rope["rope_type"] for config in self._configs for rope in ropes(config).values()]
         return (
             self.args.device.type == "cuda"
-            and self.args.world_size == 1
+            and self.accelerator.distributed_type == DistributedType.NO  # FSDP puts other parameters in place of the model's
             and self.args.gradient_accumulation_steps == 1
-            and not self.is_deepspeed_enabled
             and self._unmasked
+            and not {"dynamic", "longrope"}.intersection(ropes_of_both)  # which look at positions
             and not experts_per_token(self.teacher.config)
             and not any(getattr(module, "gradient_checkpointing", False) for module in student.modules())
         )

@@ -302,7 +302,7 @@ def prepare(student: Any, training: Training) -> Any:
 
 
 def trained_names(model: Any, what: str) -> set[str]:
-    """Names of the parameters that are trained of a converted model: of the "attention", the "layers" or "all"; see `Training`."""
+    """Names of a model's parameters that are trained: of the "attention", the "layers" or "all"; see `Training`."""
     named = dict(model.named_parameters())
     if what == "attention":
         return {name for name in named if f".{model.config.family.attention_name}." in name}
@@ -311,10 +311,10 @@ def trained_names(model: Any, what: str) -> set[str]:
     return {name for name, parameter in named.items() if id(parameter) not in left}
 
 
-def numbers_in_layers(config: Any, numbers: int) -> int:
-    """How many of a converted model's numbers are not those of the embedding and the head."""
-    matrices = 1 if config.tie_word_embeddings else 2
-    return numbers - config.vocab_size * (matrices * config.hidden_size + config.family.head_bias)
+def numbers_of_ends(checkpoint: ModelCheckpoint) -> int:
+    """How many numbers the embedding and the head of a model have, a tied head too if it is stored."""
+    layers = trained_names(checkpoint.model, "layers")
+    return sum(tensor.parameters for name, tensor in checkpoint.tensors.items() if name not in layers)
 
 
 class Windows(torch.utils.data.Dataset):
@@ -333,7 +333,7 @@ class Windows(torch.utils.data.Dataset):
 def training_arguments(folder: Path, training: Training, device: torch.device, held: int, resumed: bool) -> Any:
     """The Trainer's settings: AdamW, cosine decay to zero, 20 evaluations on so many windows, and 5 checkpoints."""
     every = math.ceil(training.steps / EVALUATIONS)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=training.steps,
         per_device_train_batch_size=training.micro,
@@ -362,6 +362,8 @@ def training_arguments(folder: Path, training: Training, device: torch.device, h
         report_to="none",
         seed=training.seed,
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else one process would share its batches out to all GPUs that it sees
+    return arguments
 
 
 def write_trained(checkpoint: ModelCheckpoint, folder: Path, training: Training) -> Path:

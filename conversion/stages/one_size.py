@@ -38,7 +38,7 @@ from .end_to_end import (
     batches,
     distil,
     memory,
-    numbers_in_layers,
+    numbers_of_ends,
     plan_training,
     tokens_of_each,
     write_trained,
@@ -117,7 +117,7 @@ def end_to_end(
     training = training_of_all(min(STEP_TOKENS[job.device.type], windows.numel()), window, job.device, count, job.seed)
     windows = windows[: whole_runs(len(windows), training.micro)]  # what is compiled, is so for each number of them
     training = replace(training, steps=max(1, tokens // training.tokens_per_step(window, count)))
-    trained = numbers_in_layers(converted.config, converted.parameters)
+    trained = converted.parameters - numbers_of_ends(source)
     plan = plan_training(converted, source, trained, training, window, job.device, count)
     started = time.perf_counter()
     cut = partial(cut_rows, window=window // run, begin=job.begin) if run > 1 else None
@@ -218,7 +218,7 @@ def trainable_tokens(
         return 0
     dtype = compute_dtype(source, device)
     training = training_of_all(STEP_TOKENS[device.type], window, device, 1)
-    sizes = numbers, source.parameters, numbers_in_layers(config, numbers)
+    sizes = numbers, source.parameters, numbers - numbers_of_ends(source)
     needed = memory(config, sizes, (dtype, dtype), training, window, device)["total"]
     free = free_memory(device)
     if needed <= free:
