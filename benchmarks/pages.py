@@ -75,7 +75,7 @@ def bench(result: dict[str, Any]) -> str:
 
 
 def real_model(result: dict[str, Any]) -> str:
-    """What conversions of a real model cost, by perplexity and by the mean of the tasks; a `device` of its own is named."""
+    """What conversions of a real model cost, by perplexity and by the mean of the tasks."""
     first, *_ = conversions = result["conversions"]
     places = [("books", 1024), ("wikitext-2", 1024), ("own text", 1024), ("books", 8192), ("wikitext-2", 8192)]
     titles = [text if window == 1024 else f"{text}, {window:,}" for text, window in places]
@@ -87,8 +87,6 @@ def real_model(result: dict[str, Any]) -> str:
         means = conversion.get("task_means")
         scores = f"{percent(means['source'])} -> {percent(means['converted'])} (+- {percent(means['error'])})" if means else "-"
         seconds = "-" if conversion["seconds"] is None else f"{conversion['seconds']:,.0f}"
-        if "device" in conversion:
-            seconds += f" ({conversion['device']})"
         costs = [*(ratios.get(place, "-") for place in places), scores, seconds]
         ratio = conversion["kv_ratio"]
         rows.append(
@@ -117,8 +115,7 @@ def tasks(result: dict[str, Any]) -> str:
     if not rows:
         return "not measured yet"
     header = ["task", "kind", "questions", "original", "converted", "difference (and its standard error)"]
-    where = first.get("device", result["device"])
-    return f"Accuracy in percent, {cache(first)}, {stage(first, conversions)}, {where}:\n\n{table(header, rows)}"
+    return f"Accuracy in percent, {cache(first)}, {stage(first, conversions)}, {result['device']}:\n\n{table(header, rows)}"
 
 
 def long_context(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What only a GPU shows of the families: the decode kernel in bfloat16, and that conversions repeat."""
+"""What only a GPU shows: families in the decode kernel in bfloat16, conversions that repeat, and training as CUDA graphs."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from hf_mla_conversion import convert
 from hf_mla_conversion.mathematics import captured
 from hf_mla_conversion.source import own_text
 from hf_mla_conversion.stages import one_size
-from hf_mla_conversion.stages.end_to_end import Training, training_arguments
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,11 +64,6 @@ def test_layers_repeat_and_training_nearly(tmp_path, monkeypatch, name):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.bfloat16).cuda()
     ids = torch.randint(3, 4096, (2, 24)).cuda()
     assert model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False).shape == (2, 32)
-
-
-def test_one_process_trains_on_one_gpu(tmp_path):
-    training = Training("all", 10, 1e-3, 1, 1, 0, 3)
-    assert training_arguments(tmp_path, training, torch.device("cuda"), 2, False).n_gpu == 1  # however many there are
 
 
 @pytest.mark.parametrize("trained", ["layers", "all", "attention", "lora"])

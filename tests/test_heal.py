@@ -313,6 +313,12 @@ def test_what_is_held_back_is_whole_batches(tmp_path, count):
             assert size <= micro and windows % size == 0
 
 
+def test_one_process_trains_on_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    training = Training("all", 10, 1e-3, 1, 1, 0, 3)
+    assert training_arguments(tmp_path, training, torch.device("meta"), 2, False).n_gpu == 1  # no CPU's, no half precision
+
+
 def test_a_dry_run_writes_nothing(pair, tmp_path):
     dest = tmp_path / "healed"
     plans = {train: small(pair, dest, train=train, dry_run=True).memory_bytes for train in ("lora", "attention", "layers", "all")}
